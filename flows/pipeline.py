@@ -1,0 +1,137 @@
+"""The flows: one expert, merging and evaluation, and the whole pipeline. Importing this imports Prefect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.futures import PrefectFuture, wait
+from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from lors.config import Experiment, Expert
+from lors.errors import InputError, LorsError, StepFailedError
+from lors.isolate import Slots
+from lors.outputs import publish, require_writable
+from lors.pipeline import Step, Workspace, build_steps, plan
+from lors.resources import shares
+from lors.store import Artifact, Store
+from tasks.runtime import Runtime, use
+from tasks.steps import TASKS
+
+__all__ = ["full_pipeline", "merge_and_evaluate", "train_expert"]
+
+# A submitted step holds a thread while it waits for its inputs; the child processes, far fewer, do the work.
+_THREADS = 1024
+
+Futures = dict[str, PrefectFuture[Any]]
+
+
+@flow(
+    name="full-pipeline",
+    flow_run_name="full-pipeline {experiment.output}",
+    task_runner=ThreadPoolTaskRunner(max_workers=_THREADS),
+)
+def full_pipeline(experiment: Experiment) -> dict[str, Any]:
+    """Data, experts, task vectors, pruning, merging, evaluation: computes what is not in the store yet."""
+    with _runtime(experiment) as runtime:
+        steps = build_steps(experiment, runtime.workspace.store)
+        return _run_and_publish(experiment, steps, runtime)
+
+
+@flow(
+    name="train-expert",
+    flow_run_name="train-expert {language}-{task}",
+    task_runner=ThreadPoolTaskRunner(max_workers=_THREADS),
+)
+def train_expert(experiment: Experiment, language: str, task: str) -> dict[str, Any]:
+    """One expert: prepare its corpus, fine-tune, extract and prune its task vector. Returns the last artifact."""
+    expert = Expert.model_validate({"language": language, "task": task})
+    with _runtime(experiment) as runtime:
+        steps = build_steps(experiment, runtime.workspace.store)
+        _require_expert(expert, experiment)
+        last = f"prune {expert.id}" if f"prune {expert.id}" in steps else f"extract {expert.id}"
+        return _run([last], steps, runtime)[last].to_json()
+
+
+@flow(
+    name="merge-and-evaluate",
+    flow_run_name="merge-and-evaluate {experiment.output}",
+    task_runner=ThreadPoolTaskRunner(max_workers=_THREADS),
+)
+def merge_and_evaluate(experiment: Experiment) -> dict[str, Any]:
+    """From experts that are in the store already: merge, search the scaling, evaluate all systems, write the output."""
+    with _runtime(experiment) as runtime:
+        store = runtime.workspace.store
+        steps = build_steps(experiment, store)
+        for planned in plan(steps, store):
+            if planned.step.stage == "fine_tune" and not planned.cached:
+                raise InputError(
+                    f"the expert of `{planned.step.name}` is not in the store {store.root}: run train-expert for it "
+                    "first, or the full pipeline"
+                )
+        return _run_and_publish(experiment, steps, runtime)
+
+
+@contextmanager
+def _runtime(experiment: Experiment) -> Iterator[Runtime]:
+    for folder in (experiment.output, experiment.store):
+        require_writable(folder)
+    count, threads, devices = shares(experiment)
+    with Slots(count, threads, devices) as slots:
+        workspace = Workspace(Store(experiment.store), slots, threads)
+        with use(Runtime(workspace, Path(PREFECT_RESULTS_LOCAL_STORAGE_PATH.value()))) as runtime:
+            yield runtime
+
+
+def _run(names: Iterable[str], steps: Mapping[str, Step], runtime: Runtime) -> dict[str, Artifact]:
+    """Submit the named steps and all they depend on; the artifact of each, by step."""
+    futures: Futures = {}
+    _submit(names, steps, futures)
+    wait(list(futures.values()))
+    _raise_first_failure(futures)
+    return {name: Artifact.from_json(future.result()) for name, future in futures.items()}
+
+
+def _submit(names: Iterable[str], steps: Mapping[str, Step], futures: Futures) -> None:
+    for name in names:
+        if name not in futures:
+            step = steps[name]
+            _submit((source.step for source in step.inputs.values()), steps, futures)
+            inputs = {role: futures[source.step] for role, source in step.inputs.items()}
+            futures[name] = TASKS[step.stage].submit(step=step, inputs=inputs)
+
+
+def _raise_first_failure(futures: Futures) -> None:
+    """All other branches have finished by now, and what they made is kept."""
+    failed = {name: f.state for name, f in futures.items() if f.state.is_failed() or f.state.is_crashed()}
+    if failed:
+        name, state = next(iter(failed.items()))
+        error = state.result(raise_on_failure=False)
+        others = f" ({len(failed) - 1} more steps failed)" if len(failed) > 1 else ""
+        if isinstance(error, LorsError):
+            raise type(error)(f"{name}: {error}{others}") from error
+        raise StepFailedError(f"{name}: {error!r}{others}; finished steps are kept, run the same command again")
+    for name, future in futures.items():
+        if not future.state.is_completed():
+            raise StepFailedError(f"{name} did not run ({future.state.name}); run the same command again")
+
+
+def _run_and_publish(experiment: Experiment, steps: Mapping[str, Step], runtime: Runtime) -> dict[str, Any]:
+    artifacts = _run(steps, steps, runtime)
+    summary = publish(experiment, steps, artifacts, runtime.computed, runtime.workspace.store)
+    table = (experiment.output / "table.md").read_text("utf-8")
+    create_markdown_artifact(
+        key="lors-results", markdown=f"{table}\n\nOutput: `{experiment.output}`", description="WER, BLEU and recovery"
+    )
+    return {"output": str(experiment.output), "systems": summary["systems"], "computed": sorted(runtime.computed)}
+
+
+def _require_expert(expert: Expert, experiment: Experiment) -> None:
+    if expert not in experiment.experts:
+        known = ", ".join(known.id for known in experiment.experts)
+        raise InputError(f"{expert.id} is no expert of this experiment: choose from {known}")

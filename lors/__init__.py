@@ -1,0 +1,1 @@
+"""LoRS-Merging for multilingual speech models: task vectors, low-rank and sparse pruning, merging, evaluation."""

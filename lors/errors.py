@@ -1,0 +1,41 @@
+"""The errors a user meets: each is one sentence that names the thing, the cause and the next step."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CorpusError",
+    "InputError",
+    "LorsError",
+    "StepFailedError",
+    "TrainingError",
+]
+
+
+class LorsError(ValueError):
+    """Base of every error LoRS raises on purpose; the command line prints it without a traceback (exit code 1)."""
+
+
+class InputError(LorsError):
+    """Something the user gave is wrong (exit code 2); running again without a change would fail the same way."""
+
+
+class ConfigError(InputError):
+    """The experiment file or a `--set` is wrong."""
+
+
+class CheckpointError(InputError):
+    """A model folder or a delta file is missing, incomplete, corrupt or of another architecture."""
+
+
+class CorpusError(InputError):
+    """A corpus is missing, empty, or has too many bad rows."""
+
+
+class TrainingError(LorsError):
+    """Fine-tuning cannot go on (the loss is not finite, the disk is full); the last checkpoint is kept."""
+
+
+class StepFailedError(LorsError):
+    """A step's process died (killed, out of memory); running again resumes it."""

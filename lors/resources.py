@@ -1,0 +1,38 @@
+"""How the steps of a run share this machine. No torch here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lors.config import Experiment
+
+__all__ = ["cores", "devices", "shares"]
+
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
+
+
+def devices() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return [str(index) for index, _ in enumerate(_NVIDIA.iterdir())] if _NVIDIA.is_dir() else []
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shares(experiment: Experiment) -> tuple[int, int, list[str]]:
+    """(steps side by side, CPU threads of each, their CUDA devices).
+
+    One a GPU; without one, several steps of one thread each beat one step of several threads (measured 1.4 to 1.6
+    times on SVDs), so one a core, up to the number of experts.
+    """
+    found = devices()
+    own = experiment.resources
+    parallel = own.parallel if own.parallel != "auto" else len(found) or min(cores(), len(experiment.experts))
+    threads = own.threads if own.threads != "auto" else max(1, cores() // parallel)
+    return parallel, threads, found

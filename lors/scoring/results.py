@@ -1,0 +1,292 @@
+"""From hypotheses tables to the table of results, its summary and what a person reads of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pandas as pd
+
+from lors.errors import InputError
+from lors.scoring.metrics import LOWER_IS_BETTER, METRICS, METRICS_OF_TASK, differs, main_metric, score
+from lors.scoring.normalise import is_unspaced
+from lors.scoring.recovery import complete_mean, ratio_to_expert, recovery
+
+__all__ = ["BASE", "EXPERTS", "RESULT_COLUMNS", "markdown_table", "score_tables", "summarise", "text_table"]
+
+BASE: Final = "base"
+EXPERTS: Final = "experts"
+"""The systems that recovery is measured between; "experts" holds each expert on its own language and task."""
+
+RESULT_COLUMNS: Final = (
+    "system",
+    "language",
+    "task",
+    "split",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "signature",
+    "utterances",
+    "window",
+)
+_NEEDED: Final = ("id", "language", "task", "split", "speaker", "reference", "hypothesis", "window")
+_SPLITS: Final = ("train", "validation", "test")
+_LABELS: Final = {"wer": "WER", "cer": "CER", "bleu": "BLEU", "chrf": "chrF2"}
+
+_Part = tuple[str, str, str]  # language, task, split
+
+
+def _order(part: _Part) -> tuple[int, str, int]:
+    language, task, split = part
+    return list(METRICS_OF_TASK).index(task), language, _SPLITS.index(split)
+
+
+def _parts(system: str, table: pd.DataFrame) -> dict[_Part, pd.DataFrame]:
+    """A system's utterances by language, task and split, in the order of their ids, which pairs them with others'."""
+    missing = [name for name in _NEEDED if name not in table.columns]
+    if missing:
+        raise InputError(f"The hypotheses of {system!r} have no column {', '.join(missing)}; transcribe them again.")
+    parts: dict[_Part, pd.DataFrame] = {}
+    for key, rows in table.groupby(["language", "task", "split"], sort=False, dropna=False):
+        language, task, split = (str(value) for value in key)
+        if task not in METRICS_OF_TASK or split not in _SPLITS:
+            raise InputError(
+                f"The hypotheses of {system!r} name the task {task!r} and the split {split!r}; the tasks are "
+                f"{', '.join(METRICS_OF_TASK)}, the splits {', '.join(_SPLITS)}."
+            )
+        if rows["id"].duplicated().any():
+            twice = rows["id"][rows["id"].duplicated()].iloc[0]
+            raise InputError(
+                f"The hypotheses of {system!r} have {twice!r} twice in {language} {task}; keep one of them."
+            )
+        parts[language, task, split] = rows.sort_values("id")
+    return {part: parts[part] for part in sorted(parts, key=_order)}
+
+
+def _texts(rows: pd.DataFrame, column: str) -> list[Any]:
+    """A column as Python strings, None where a value is null."""
+    return [value if isinstance(value, str) else None for value in rows[column].tolist()]
+
+
+def _window(rows: pd.DataFrame) -> str:
+    """The encoder windows in seconds: "7.0", or "7.0-12.5" where batches differed."""
+    shortest, longest = (str(round(float(value), 2)) for value in (rows["window"].min(), rows["window"].max()))
+    return shortest if shortest == longest else f"{shortest}-{longest}"
+
+
+def score_tables(
+    tables: Mapping[str, pd.DataFrame],  # hypotheses by the system's name, all its languages, tasks and splits
+    *,
+    normaliser: str = "lors",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Score every system: one row (RESULT_COLUMNS) a system, language, task, split and metric; WER and CER to
+    transcribe, BLEU and chrF2 to translate.
+
+    Rows follow the systems as given, then the task (transcribe first), the language's code, the split (validation
+    before test), the metric.
+
+    Raises InputError where a column is missing, an id occurs twice, or two systems were given other utterances or other
+    references for the same language, task and split: their scores would not compare.
+    """
+    first: dict[_Part, tuple[str, list[Any]]] = {}
+    records: list[tuple[object, ...]] = []
+    for system, table in tables.items():
+        for part, rows in _parts(system, table).items():
+            language, task, split = part
+            references = _texts(rows, "reference")
+            given = list(zip(rows["id"].tolist(), references, strict=True))
+            other, expected = first.setdefault(part, (system, given))
+            if given != expected:
+                raise InputError(
+                    f"{system!r} and {other!r} have different utterances or references for {language} {task} {split}; "
+                    "transcribe the same split with both."
+                )
+            for metric in METRICS_OF_TASK[task]:
+                result = score(
+                    metric,
+                    references,
+                    _texts(rows, "hypothesis"),
+                    language=language,
+                    normaliser=normaliser,
+                    speakers=_texts(rows, "speaker"),
+                    resamples=resamples,
+                    seed=seed,
+                )
+                numbers = (result.value, result.low, result.high, result.signature, result.utterances)
+                records.append((system, language, task, split, metric, *numbers, _window(rows)))
+    if not records:
+        raise InputError("There are no hypotheses to score; transcribe a split that is not empty.")
+    return pd.DataFrame(records, columns=list(RESULT_COLUMNS))
+
+
+def _headline(results: pd.DataFrame) -> tuple[str, dict[tuple[str, str, str, str], float]]:
+    """The split that is summarised (test where there is one) and its values by system, language, task and metric."""
+    split = max(results["split"], key=_SPLITS.index)
+    rows = results[results["split"] == split]
+    keys = zip(rows["system"], rows["language"], rows["task"], rows["metric"], strict=True)
+    return split, dict(zip(keys, rows["value"].astype(float), strict=True))
+
+
+def _pairs(values: Mapping[tuple[str, str, str, str], float]) -> list[tuple[str, str]]:
+    """Every language and task that some system has, in the order of the rows."""
+    return sorted({(language, task) for _, language, task, _ in values}, key=lambda pair: _order((*pair, "test")))
+
+
+def summarise(
+    results: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    normaliser: str = "lors",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The means of every system over languages, on the test split (validation where there is no test), from the results
+    of `score_tables` on the same tables: `{"systems": {NAME: {"recovery", "ratio_to_expert", "wer", "cer", "bleu",
+    "chrf"}}, "recovery_left_out": ["de transcribe"]}`.
+
+    recovery and ratio_to_expert average the languages and tasks by their `main_metric`; recovery leaves out, for every
+    system, those where base and expert do not differ beyond their interval. "wer" leaves out UNSPACED languages. A
+    system that lacks a part of a mean has None there, as all have without the system "base" or "experts".
+    """
+    split, values = _headline(results)
+    pairs = _pairs(values)
+    parts = {name: _parts(name, tables[name]) for name in (BASE, EXPERTS) if name in tables}
+
+    def told_apart(language: str, task: str) -> bool:
+        base, experts = (parts[name][language, task, split] for name in (BASE, EXPERTS))
+        return differs(
+            main_metric(task, language),
+            _texts(base, "reference"),
+            _texts(base, "hypothesis"),
+            _texts(experts, "hypothesis"),
+            language=language,
+            normaliser=normaliser,
+            speakers=_texts(base, "speaker"),
+            resamples=resamples,
+            seed=seed,
+        )
+
+    def value(system: str, language: str, task: str, metric: str | None = None) -> float | None:
+        return values.get((system, language, task, metric or main_metric(task, language)))
+
+    comparable = [pair for pair in pairs if all((*pair, split) in parts.get(name, {}) for name in (BASE, EXPERTS))]
+    defined = [pair for pair in comparable if told_apart(*pair)]
+
+    def relative(system: str) -> dict[str, float | None]:
+        recoveries: list[float | None] = []
+        for pair in defined:
+            base, own, expert = (value(name, *pair) for name in (BASE, system, EXPERTS))
+            recoveries.append(None if base is None or own is None or expert is None else recovery(base, own, expert))
+        ratios: list[float | None] = []
+        for pair in pairs:
+            own, expert = value(system, *pair), value(EXPERTS, *pair)
+            if expert is not None:
+                ratios.append(None if own is None else ratio_to_expert(main_metric(pair[1], pair[0]), own, expert))
+        return {"recovery": complete_mean(recoveries), "ratio_to_expert": complete_mean(ratios)}
+
+    def mean(system: str, metric: str) -> float | None:
+        return complete_mean(
+            value(system, language, task, metric)
+            for language, task in pairs
+            if metric in METRICS_OF_TASK[task] and not (metric == "wer" and is_unspaced(language))
+        )
+
+    systems = {
+        name: relative(name) | {metric: mean(name, metric) for metric in METRICS}
+        for name in dict.fromkeys(results["system"])
+    }
+    left_out = [f"{language} {task}" for language, task in comparable if (language, task) not in defined]
+    return {"systems": systems, "recovery_left_out": left_out}
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    header: str
+    values: dict[str, float | None]
+    lower_is_better: bool
+    digits: int = 1
+
+    def cells(self) -> dict[str, tuple[str, bool]]:
+        """By system: what to print, and whether it is the best of those that are not the experts."""
+        texts = {name: "-" if value is None else f"{value:.{self.digits}f}" for name, value in self.values.items()}
+        rivals = [value for name, value in self.values.items() if value is not None and name != EXPERTS]
+        best = f"{(min if self.lower_is_better else max)(rivals):.{self.digits}f}" if rivals else None
+        return {name: (text, text == best and name != EXPERTS) for name, text in texts.items()}
+
+
+def _columns(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[_Column]:
+    """The main metric of each language and its mean, task by task, then recovery."""
+    _, values = _headline(results)
+    names: list[str] = list(summary["systems"])
+
+    def mean(key: str, header: str, digits: int = 1) -> _Column:
+        means = {name: summary["systems"][name][key] for name in names}
+        return _Column(header, means, key in LOWER_IS_BETTER, digits)
+
+    columns: list[_Column] = []
+    for task in METRICS_OF_TASK:
+        languages = [language for language, other in _pairs(values) if other == task]
+        metrics = {language: main_metric(task, language) for language in languages}
+        for language, metric in metrics.items():
+            own = {name: values.get((name, language, task, metric)) for name in names}
+            columns.append(_Column(f"{language} {_LABELS[metric]}", own, metric in LOWER_IS_BETTER))
+        columns += [mean(metric, f"mean {_LABELS[metric]}") for metric in METRICS if metric in metrics.values()]
+    return [*columns, mean("recovery", "recovery", 2)]
+
+
+def _notes(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
+    """What the numbers need beside them: the split, the windows, the signatures (without their language)."""
+    split, values = _headline(results)
+    rows = results[results["split"] == split]
+    windows = list(dict.fromkeys(rows["window"]))
+    notes = [f"Split {split}, encoder window {', '.join(windows)} s, rates in percent."]
+    if rows.groupby(["language", "task"])["window"].nunique().max() > 1:
+        notes.append("The systems were not all given the same window, so their scores do not compare strictly.")
+    if summary["recovery_left_out"]:
+        notes.append(
+            "Recovery leaves out where base and expert do not differ beyond their 95 % interval: "
+            f"{', '.join(summary['recovery_left_out'])}."
+        )
+    shown = {main_metric(task, language) for language, task in _pairs(values)}
+    for metric in METRICS:
+        if metric in shown:
+            signatures = rows["signature"][rows["metric"] == metric]
+            unique = dict.fromkeys(re.sub(r"\|lang:[^|]*", "", signature) for signature in signatures)
+            notes.append(f"{_LABELS[metric]}: {', '.join(f'`{signature}`' for signature in unique)}")
+    return notes
+
+
+def _body(columns: Sequence[_Column], best: str, other: str) -> list[list[str]]:
+    """A row a system: its name and its cells, each through the format for the best or for the others."""
+    cells = [column.cells() for column in columns]
+    return [
+        [name, *((best if is_best else other).format(text) for text, is_best in (cell[name] for cell in cells))]
+        for name in columns[0].values
+    ]
+
+
+def markdown_table(results: pd.DataFrame, summary: Mapping[str, Any]) -> str:
+    """One row a system: its main metric by language, their means, recovery; the best but for the experts in bold.
+
+    Below the table: the split, the windows and the signatures. Intervals are in the results.
+    """
+    columns = _columns(results, summary)
+    lines = [["system", *(column.header for column in columns)], ["---", *("---:" for _ in columns)]]
+    lines += _body(columns, "**{}**", "{}")
+    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([*table, "", *(f"- {note}" for note in _notes(results, summary))]) + "\n"
+
+
+def text_table(results: pd.DataFrame, summary: Mapping[str, Any]) -> str:
+    """`markdown_table` for a terminal: aligned columns, the best marked with `*`."""
+    columns = _columns(results, summary)
+    lines = [["system", *(column.header + " " for column in columns)], *_body(columns, "{}*", "{} ")]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    return "\n".join([*table, "", *(note.replace("`", "") for note in _notes(results, summary))]) + "\n"

@@ -1,0 +1,244 @@
+"""Speech listed in a manifest: one row an utterance, in JSONL, CSV, TSV or Parquet.
+
+Fields: `audio` (a path relative to the manifest, or absolute; in Parquet also the bytes, or a struct of bytes and
+path as `datasets` writes it) and `text`; optional `translation`, `id`, `speaker` and `seconds` (accepted, but the
+duration is always measured). A field is read from the column of its own name unless `columns` names another.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lors.errors import CorpusError
+from lors.speech.corpus import Candidate, read_audio
+from lors.store import file_digest
+
+__all__ = ["FIELDS", "candidates", "content_digest"]
+
+FIELDS = ("audio", "text", "translation", "id", "speaker", "seconds")
+_REQUIRED = ("audio", "text")
+
+# One row: its values by column, or (reason, detail) where it could not be taken apart. Bytes that are not UTF-8
+# arrive as lone surrogates, which validation reports as a wrong encoding.
+_Row = dict[str, Any] | tuple[str, str]
+
+
+def candidates(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Candidate]:
+    """The rows of the manifest at `path`, for `write_split`; `columns` maps a field to the column that holds it.
+
+    A row without an id takes its audio file's name without the suffix (with the row's number where another file of
+    the manifest has the same name), or `row-N`. A row that cannot be parsed becomes a candidate with a fault.
+
+    Raises CorpusError at once where the manifest is missing, unreadable or lacks a column.
+    """
+    return _candidates(path, *_opened(path, columns))
+
+
+def content_digest(
+    path: Path, columns: Mapping[str, str] | None = None, memo: MutableMapping[str, str] | None = None
+) -> str:
+    """sha256 (hex) over the mapped values of all rows and the bytes of their audio; a missing file counts as such.
+
+    Audio inside a Parquet manifest is covered by the manifest's own bytes. `memo` is that of `lors.store.file_digest`:
+    with it, a file that did not change is not read again. Where the manifest lies does not enter, so a moved corpus
+    keeps its digest.
+    """
+    mapping, rows = _opened(path, columns, with_audio=False)
+    total = hashlib.sha256()
+    for row in rows:
+        values: list[Any] = list(row) if isinstance(row, tuple) else [_text(row.get(mapping[f])) for f in FIELDS[:5]]
+        audio = row.get(mapping["audio"]) if isinstance(row, dict) else None
+        audio = audio.get("path") if isinstance(audio, dict) else audio
+        if isinstance(audio, str):
+            values.append(_digest(path.parent / audio, memo))
+        total.update(json.dumps(values).encode() + b"\n")
+    if path.suffix == ".parquet" and _embeds(_parquet_schema(path), mapping["audio"]):
+        total.update(_digest(path, memo).encode())
+    return total.hexdigest()
+
+
+def _opened(
+    path: Path, columns: Mapping[str, str] | None, with_audio: bool = True
+) -> tuple[dict[str, str], Iterator[_Row]]:
+    mapping = {field: field for field in FIELDS} | dict(columns or {})
+    if unknown := sorted(set(mapping) - set(FIELDS)):
+        raise CorpusError(
+            f"columns maps {unknown[0]!r}, which is no field of a manifest; those are {', '.join(FIELDS)}"
+        )
+    if not path.is_file():
+        raise CorpusError(f"the manifest {path} does not exist; check the corpus' path")
+    if path.suffix not in _READERS:
+        raise CorpusError(f"the manifest {path} is none of {', '.join(_READERS)}; convert it to one of them")
+    present, rows = _READERS[path.suffix](path, mapping, with_audio)
+    for field, column in mapping.items():
+        # A field that nobody mapped may be absent, unless nothing works without it.
+        if present is not None and column not in present and (field in _REQUIRED or field in (columns or {})):
+            raise CorpusError(
+                f"the manifest {path} has no column {column!r} for the {field}; it has: "
+                f"{', '.join(ascii(name)[1:-1] for name in present)}; map the right one under columns"
+            )
+    return mapping, rows
+
+
+def _json_lines(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[list[str] | None, Iterator[_Row]]:
+    def rows() -> Iterator[_Row]:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        yield "malformed line", f"line {number} is not JSON: {error}"
+                        continue
+                    yield row if isinstance(row, dict) else ("malformed line", f"line {number} is not a JSON object")
+
+    # Any row may leave out what it has not got, so the columns are those of all rows.
+    present = dict.fromkeys(name for row in rows() if isinstance(row, dict) for name in row)
+    return list(present) or None, rows()
+
+
+def _delimited(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[list[str] | None, Iterator[_Row]]:
+    # Tab-separated corpora (Common Voice, CoVoST) quote nothing: a quotation mark in them is text.
+    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+
+    def rows() -> Iterator[list[str] | tuple[str, str]]:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.reader(file, **style)
+            while True:
+                try:
+                    row = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield "malformed line", f"line {reader.line_num}: {error}"
+                    continue
+                if row:
+                    yield row
+
+    def named(lines: Iterator[list[str] | tuple[str, str]], header: list[str]) -> Iterator[_Row]:
+        for row in lines:
+            if isinstance(row, tuple):
+                yield row
+            elif len(row) != len(header):
+                yield "malformed line", f"{len(row)} values for {len(header)} columns: {' | '.join(row)[:80]}"
+            else:
+                yield dict(zip(header, row, strict=True))
+
+    lines = rows()
+    header = next(lines, [])
+    if isinstance(header, tuple):
+        raise CorpusError(
+            f"the first line of the manifest {path} names no columns ({header[1]}); save it as UTF-8 text"
+        )
+    return header or None, named(lines, header)
+
+
+def _parquet(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[list[str] | None, Iterator[_Row]]:
+    schema = _parquet_schema(path)
+
+    def rows() -> Iterator[_Row]:
+        wanted = [column for column in dict.fromkeys(mapping.values()) if column in schema.names]
+        audio = mapping["audio"]
+        leaves = wanted
+        if not with_audio and _embeds(schema, audio):  # of a struct, the path alone; of bytes, nothing
+            leaves = [f"{audio}.path" if column == audio else column for column in wanted]
+        for batch in _batches(path, leaves):
+            named = {name: _values(batch.column(name)) for name in batch.schema.names}
+            yield from (dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True))
+
+    return schema.names, rows()
+
+
+def _parquet_schema(path: Path) -> Any:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorpusError(f"the manifest {path} is not a readable Parquet file ({error}); write it again") from error
+
+
+def _batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=32, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorpusError(f"the manifest {path} is damaged ({error}); write it again") from error
+
+
+def _embeds(schema: Any, column: str) -> bool:
+    kind = schema.field(column).type
+    return bool(pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _values(column: Any) -> list[Any]:
+    # Arrow refuses a whole batch for one string that is not UTF-8; as bytes, only its row is bad.
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()).to_pylist()
+        return [value if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
+    values: list[Any] = column.to_pylist()
+    return values
+
+
+_READERS: dict[str, Callable[[Path, dict[str, str], bool], tuple[list[str] | None, Iterator[_Row]]]] = {
+    ".jsonl": _json_lines,
+    ".csv": _delimited,
+    ".tsv": _delimited,
+    ".parquet": _parquet,
+}
+
+
+def _candidates(path: Path, mapping: dict[str, str], rows: Iterator[_Row]) -> Iterator[Candidate]:
+    owners: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, tuple):
+            yield Candidate(f"row-{number}", None, None, None, _nothing, path.name, row)
+            continue
+        field = {name: row.get(column) for name, column in mapping.items()}
+        source, load = _audio(field["audio"], path.parent)
+        identity = _text(field["id"])
+        if not identity:
+            identity = Path(source).stem or f"row-{number}"
+            if owners.setdefault(identity, source) != source:
+                identity = f"{identity}-{number}"
+        text, translation, speaker = (_text(field[name]) for name in ("text", "translation", "speaker"))
+        fault = ("missing file", "the row names no audio") if load is _nothing else None
+        if nested := [name for name in FIELDS[1:] if isinstance(field[name], dict | list)]:
+            fault = ("malformed line", f"the {nested[0]} is not a string")
+        yield Candidate(identity, text, translation, speaker or None, load, source, fault)
+
+
+def _audio(value: Any, root: Path) -> tuple[str, Callable[[], tuple[np.ndarray, int]]]:
+    data, name = value, ""
+    if isinstance(value, dict):
+        name = value["path"] if isinstance(value.get("path"), str) else ""
+        data = value.get("bytes") or name
+    if isinstance(data, bytes):
+        return name, lambda: read_audio(io.BytesIO(data))
+    if isinstance(data, str) and data:
+        return data, partial(read_audio, root / data)
+    return name, _nothing
+
+
+def _nothing() -> tuple[np.ndarray, int]:
+    raise FileNotFoundError("the row names no audio")
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else str(value)
+
+
+def _digest(path: Path, memo: MutableMapping[str, str] | None) -> str:
+    try:
+        return file_digest(path.absolute(), memo)
+    except OSError:
+        return "missing"

@@ -1,0 +1,326 @@
+"""What each step computes: files in, files out, figures back. Run in a child process by `lors.pipeline.run_step`.
+
+Every stage takes `settings` (its part of the key), `inputs` (input name to folder), `places` (of what is not in the
+store), `digests` (of all inputs), `out` (an empty folder for its files), `work` (survives a crash), `threads`, and
+`report` for progress; it returns the summary that the manifest keeps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lors.store import write_json
+
+__all__ = [
+    "combine_task_vectors",
+    "evaluate_model",
+    "extract_task_vector",
+    "fine_tune",
+    "prepare_corpus",
+    "prune_task_vector",
+    "score_scaling",
+    "score_systems",
+    "select_scaling",
+    "write_model",
+]
+
+Report = Callable[[Mapping[str, Any]], None]
+
+_VECTOR = "task_vector.safetensors"
+_HYPOTHESES = "hypotheses.parquet"
+
+
+def prepare_corpus(
+    settings: Mapping[str, Any], places: Mapping[str, Any], out: str, report: Report, **_: Any
+) -> dict[str, Any]:
+    """One language's three validated splits, as Parquet with embedded 16 kHz FLAC, and the rejected rows."""
+    from dataclasses import asdict
+
+    from lors.speech.corpora import manifest, synthetic
+    from lors.speech.corpus import SPLITS, write_split
+
+    language = settings["language"]
+    summary: dict[str, Any] = {}
+    for split in SPLITS:
+        if settings["source"] == "synthetic":
+            limit = settings["utterances"][split]
+            rows = synthetic.candidates(language, split, limit, settings["seed"])
+        else:
+            limit = settings["limits"][split]
+            rows = manifest.candidates(Path(places["paths"][split]), settings["columns"])
+
+        def progress(done: int, total: int | None, split: str = split) -> None:
+            report({"done": done, "total": total, "unit": "utterances", "note": split})
+
+        summary[split] = asdict(
+            write_split(
+                rows,
+                Path(out) / f"{split}.parquet",
+                language=language,
+                min_seconds=settings["min_seconds"],
+                max_seconds=settings["max_seconds"],
+                max_rejected=settings["max_rejected"],
+                limit=limit,
+                on_progress=progress,
+            )
+        )
+    return summary
+
+
+def fine_tune(
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    places: Mapping[str, Any],
+    out: str,
+    work: str,
+    threads: int,
+    report: Report,
+    **_: Any,
+) -> dict[str, Any]:
+    """An expert: the base trained on one (language, task), a complete Hugging Face folder in float32."""
+    from lors import config
+    from lors.errors import CorpusError
+    from lors.speech import finetune
+    from lors.speech.corpus import read_split
+
+    language, task = settings["language"], settings["task"]
+    model, processor = _load(places["base"], threads)
+    examples = {}
+    for split in ("train", "validation"):
+        utterances = read_split(Path(inputs["corpus"]) / f"{split}.parquet")
+        limit = model.config.max_target_positions
+        examples[split] = finetune.examples_for(utterances, processor.tokenizer, language, task, limit)
+        if not examples[split]:
+            raise CorpusError(
+                f"no utterance of the {split} split of {language} can be used to {task}: give it "
+                f"{'translations' if task == 'translate' else 'shorter texts'}, or leave {task} out of the tasks"
+            )
+    own = config.Finetune(**{k: v for k, v in settings.items() if k not in ("language", "task")})
+    result = finetune.fine_tune(model, examples["train"], examples["validation"], own, Path(work) / "training", report)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    (Path(work) / "training" / finetune.LOG).replace(Path(out) / finetune.LOG)
+    return {"train": len(examples["train"]), "validation": len(examples["validation"]), **result}
+
+
+def extract_task_vector(
+    inputs: Mapping[str, str], places: Mapping[str, Any], digests: Mapping[str, str], out: str, **_: Any
+) -> dict[str, Any]:
+    """Expert minus base, dense, as a delta file."""
+    from lors.checkpoint import Checkpoint
+    from lors.delta_file import write_dense
+    from lors.task_vector import extract
+
+    base, expert = Checkpoint(places["base"]), Checkpoint(inputs["expert"])
+    written = write_dense(Path(out) / _VECTOR, extract(base, expert), base_digest=base.digest())
+    return {"tensors": len(written.names)}
+
+
+def prune_task_vector(
+    settings: Mapping[str, Any], inputs: Mapping[str, str], out: str, threads: int, **_: Any
+) -> dict[str, Any]:
+    """LoRS on a task vector: the compact expert."""
+    from lors.delta_file import DeltaFile, write
+    from lors.prune import PruneSettings, prune_task_vector
+
+    _use(threads)
+    vector, own = DeltaFile(Path(inputs["task_vector"]) / _VECTOR), PruneSettings(**settings)
+    pruned = write(
+        Path(out) / _VECTOR, prune_task_vector(vector.items(), own), base_digest=vector.base_digest, settings=own
+    )
+    return {"retained_energy": round(pruned.retained_energy, 6), "bytes": pruned.path.stat().st_size}
+
+
+def combine_task_vectors(
+    settings: Mapping[str, Any], inputs: Mapping[str, str], places: Mapping[str, Any], out: str, **_: Any
+) -> dict[str, Any]:
+    """The experts' task vectors as one, before the scaling coefficient."""
+    from lors.checkpoint import Checkpoint
+    from lors.delta_file import DeltaFile, write_dense
+    from lors.merging import combine_files, get_method
+
+    base = Checkpoint(places["base"])
+    vectors = {expert: DeltaFile(Path(folder) / _VECTOR) for expert, folder in inputs.items()}
+    deltas = combine_files(base, vectors, get_method(settings["method"]), settings["weights"])
+    write_dense(Path(out) / _VECTOR, deltas, base_digest=base.digest())
+    return {"experts": len(vectors)}
+
+
+def score_scaling(
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    places: Mapping[str, Any],
+    out: str,
+    threads: int,
+    report: Report,
+    **_: Any,
+) -> dict[str, Any]:
+    """One point of the search: the error of base + scaling * combined on the validation splits."""
+    from lors.speech.corpus import read_split
+
+    model, processor = _load(places["base"], threads)
+    merged = _merged(places["base"], inputs["combined"], settings["scaling"])
+    model.load_state_dict({name: tensor.float() for name, tensor in merged}, strict=False)
+    measure = _validation_loss if settings["metric"] == "loss" else _validation_error
+    errors: dict[str, float] = {}
+    for number, language in enumerate(settings["languages"]):
+        utterances = read_split(Path(inputs[f"corpus-{language}"]) / "validation.parquet")
+        errors |= measure(model, processor, utterances, language, settings)
+        report({"done": number + 1, "total": len(settings["languages"]), "unit": "languages"})
+    row = {"scaling": settings["scaling"], "error": sum(errors.values()) / len(errors), "errors": errors}
+    write_json(Path(out) / "point.json", row)
+    return {"error": row["error"]}
+
+
+def _validation_error(
+    model: Any, processor: Any, utterances: Sequence[Any], language: str, settings: Mapping[str, Any]
+) -> dict[str, float]:
+    """Percent: WER (CER where words are not spaced) for transcribe, 100 - BLEU for translate, by `language-task`."""
+    from lors.scoring.metrics import LOWER_IS_BETTER, main_metric, score
+    from lors.speech.transcribe import transcribe
+
+    hypotheses = transcribe(model, processor, utterances, language=language, **_decoding(settings))
+    errors = {}
+    for task in settings["tasks"]:
+        texts = {h.id: h.text for h in hypotheses if h.task == task}
+        pairs = [(reference, texts[u.id]) for u in utterances if (reference := u.target(task)) is not None]
+        if pairs:
+            references, written = zip(*pairs, strict=True)
+            metric, normaliser = main_metric(task, language), settings["normaliser"]
+            value = score(metric, references, written, language=language, normaliser=normaliser).value
+            errors[f"{language}-{task}"] = value if metric in LOWER_IS_BETTER else 100 - value
+    return errors
+
+
+def _validation_loss(
+    model: Any, processor: Any, utterances: Sequence[Any], language: str, settings: Mapping[str, Any]
+) -> dict[str, float]:
+    """Cross-entropy a token with the right history, by `language-task`."""
+    from lors.speech.finetune import examples_for, validation_loss
+
+    errors = {}
+    for task in settings["tasks"]:
+        examples = examples_for(utterances, processor.tokenizer, language, task, model.config.max_target_positions)
+        if examples:
+            errors[f"{language}-{task}"] = validation_loss(
+                model, examples, batch_seconds=settings["batch_seconds"], window=settings["window"]
+            )
+    return errors
+
+
+def select_scaling(settings: Mapping[str, Any], inputs: Mapping[str, str], out: str, **_: Any) -> dict[str, Any]:
+    """The scaling coefficient with the least validation error (the smaller of equals), or the one that was set."""
+    points = [json.loads((Path(folder) / "point.json").read_text()) for folder in inputs.values()]
+    chosen = settings["scaling"] if not points else min(points, key=lambda p: (p["error"], p["scaling"]))["scaling"]
+    curve = sorted(points, key=lambda p: float(p["scaling"]))
+    write_json(Path(out) / "scaling.json", {"scaling": chosen, "points": curve})
+    return {"scaling": chosen}
+
+
+def write_model(
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    places: Mapping[str, Any],
+    digests: Mapping[str, str],
+    out: str,
+    **_: Any,
+) -> dict[str, Any]:
+    """The merged model: a complete Hugging Face folder in the base's dtypes."""
+    from lors.checkpoint import Checkpoint, write_model_folder
+    from lors.merging import get_method
+
+    scaling = json.loads((Path(inputs["scaling"]) / "scaling.json").read_text())["scaling"]
+    method = get_method(settings["method"])
+    base = Checkpoint(places["base"])
+    written = write_model_folder(
+        Path(out),
+        base,
+        _merged(places["base"], inputs["combined"], scaling),
+        title=f"Merged by {method.name}",
+        text=f"`{method.formula}` with scaling coefficient {scaling:g} ({method.reference}).",
+        provenance={"method": method.name, "scaling": scaling, **digests},
+    )
+    return {"scaling": scaling, "parameters": written.parameters}
+
+
+def evaluate_model(
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    places: Mapping[str, Any],
+    out: str,
+    threads: int,
+    report: Report,
+    **_: Any,
+) -> dict[str, Any]:
+    """Every hypothesis of one model on one language's split, beside its reference."""
+    from lors.speech.corpus import read_split
+    from lors.speech.transcribe import hypothesis_table, transcribe
+
+    model, processor = _load(inputs.get("model") or places["base"], threads)
+    language, split = settings["language"], settings["split"]
+    utterances = read_split(Path(inputs["corpus"]) / f"{split}.parquet")
+    hypotheses = transcribe(
+        model,
+        processor,
+        utterances,
+        language=language,
+        on_progress=lambda done, total: report({"done": done, "total": total, "unit": "utterances"}),
+        **_decoding(settings),
+    )
+    table = hypothesis_table(hypotheses, utterances, language=language, split=split)
+    table.to_parquet(Path(out) / _HYPOTHESES, index=False)
+    return {"hypotheses": len(table)}
+
+
+def score_systems(settings: Mapping[str, Any], inputs: Mapping[str, str], out: str, **_: Any) -> dict[str, Any]:
+    """results.csv, the summary by system, and the table, from the hypotheses of `SYSTEM-...` inputs."""
+    import pandas as pd
+
+    from lors.scoring.results import markdown_table, score_tables, summarise
+
+    parts: dict[str, list[Any]] = {}
+    for name, folder in inputs.items():
+        parts.setdefault(name.partition("-")[0], []).append(pd.read_parquet(Path(folder) / _HYPOTHESES))
+    tables = {system: pd.concat(found, ignore_index=True) for system, found in parts.items()}
+    results = score_tables(tables, normaliser=settings["normaliser"])
+    summary = summarise(results, tables, normaliser=settings["normaliser"])
+    results.to_csv(Path(out) / "results.csv", index=False)
+    write_json(Path(out) / "summary.json", summary)
+    (Path(out) / "table.md").write_text(markdown_table(results, summary), encoding="utf-8")
+    for system, table in tables.items():
+        table.to_parquet(Path(out) / f"hypotheses-{system}.parquet", index=False)
+    return {"systems": list(tables)}
+
+
+def _use(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+
+def _load(folder: str, threads: int) -> tuple[Any, Any]:
+    """The model in float32 on this child's device, and its processor."""
+    import torch
+
+    from lors.speech.load import load_model
+
+    _use(threads)
+    return load_model(Path(folder), device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _merged(base: str, combined: str, scaling: float) -> Iterator[tuple[str, Any]]:
+    """(name, base + scaling * delta in the base's dtype) for every float tensor: the search and the result share it."""
+    from lors.checkpoint import Checkpoint
+    from lors.delta_file import DeltaFile
+    from lors.task_vector import apply
+
+    checkpoint, vector = Checkpoint(base), DeltaFile(Path(combined) / _VECTOR)
+    return ((name, apply(checkpoint.tensor(name), vector.delta(name), scaling)) for name in checkpoint.float_names)
+
+
+def _decoding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in ("tasks", "window", "beams", "batch_seconds")}

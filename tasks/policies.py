@@ -1,0 +1,61 @@
+"""What every Prefect task of a step shares: the cache key, retries, tags and names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+from prefect.tasks import Task, exponential_backoff
+
+from lors.errors import LorsError, StepFailedError
+from tasks.runtime import current
+
+__all__ = ["cache_key", "can_pass", "step_task"]
+
+RETRIES = 2
+
+
+def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """The step's own key: Prefect's cache and the store never disagree on what a result is.
+
+    Prefect cannot see that a stored file was deleted or damaged, so its record of such a step is dropped first.
+    """
+    step, artifacts = parameters["step"], artifacts_of(parameters["inputs"])
+    key: str = step.key(artifacts)
+    workspace = current().workspace
+    if workspace.store.find(step.stage, key) is None:
+        current().forget(key)
+    return key
+
+
+def artifacts_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The artifacts of a task's inputs, which Prefect carries as JSON."""
+    from lors.store import Artifact
+
+    return {name: Artifact.from_json(value) for name, value in inputs.items()}
+
+
+def can_pass(task: Any, task_run: Any, state: Any) -> bool:
+    """Whether trying again may help: a dead process and the unforeseen, not what the user has to change."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StepFailedError) or not isinstance(error, LorsError)
+
+
+def step_task(tag: str, function: Any) -> Task[Any, Any]:
+    """`function(step, inputs)` as a Prefect task: cached by the step's key, retried with back-off, named."""
+    made: Task[Any, Any] = task(
+        name=function.__name__.replace("_", "-"),
+        task_run_name="{step.name}",
+        tags=["lors", tag],
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=cache_key),
+        persist_result=True,
+        result_serializer="json",
+        retries=RETRIES,
+        retry_delay_seconds=exponential_backoff(backoff_factor=2),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=can_pass,
+    )(function)
+    return made

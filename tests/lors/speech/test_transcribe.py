@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from speech_sounds import utterance
+
+from lors.errors import CheckpointError, InputError
+from lors.speech.features import MelCache, log_mel, pad_mels, windowed
+from lors.speech.load import load_model
+from lors.speech.transcribe import TASKS, hypothesis_table, require_language, token_limit, transcribe
+
+UTTERANCES = [utterance(number, seconds) for number, seconds in enumerate((1.2, 0.6, 2.4, 0.9, 11.0, 1.7))]
+
+
+@pytest.fixture(scope="module")
+def whisper(whisper_folder: Path) -> tuple[Any, Any]:
+    return load_model(whisper_folder)
+
+
+def test_every_hypothesis_equals_whispers_own_generate_from_the_audio(whisper: tuple[Any, Any]) -> None:
+    model, processor = whisper
+    found = transcribe(model, processor, UTTERANCES, language="es", batch_seconds=16)
+    assert [(h.task, h.id) for h in found] == [(task, u.id) for task in TASKS for u in UTTERANCES]
+    assert {h.truncated for h in found} == {True, False}
+    assert len({h.text for h in found}) > 6
+    for hypothesis, source in zip(found, UTTERANCES * 2, strict=True):
+        limit = token_limit(source.seconds, 124)
+        with torch.inference_mode(), windowed(model, hypothesis.window) as frames:
+            features = pad_mels(log_mel([source.audio()], 80), frames)
+            written = model.generate(features, language="es", task=hypothesis.task, max_new_tokens=limit)[0].tolist()
+        tokens = [token for token in written if token != model.generation_config.eos_token_id]
+        assert hypothesis.text == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        assert (hypothesis.tokens, hypothesis.truncated) == (len(tokens), len(tokens) == limit)
+
+
+def test_one_encoder_pass_for_both_tasks_gives_the_tokens_of_two(whisper: tuple[Any, Any]) -> None:
+    model, processor = whisper
+    passes: list[int] = []
+    hook = model.get_encoder().register_forward_hook(lambda *_: passes.append(1))
+    for beams in (1, 3):
+        both = transcribe(model, processor, UTTERANCES[:4], language="fr", beams=beams)
+        shared = len(passes)
+        apart = [
+            h
+            for t in TASKS
+            for h in transcribe(model, processor, UTTERANCES[:4], language="fr", tasks=[t], beams=beams)
+        ]
+        assert both == apart
+        assert len(passes) == 3 * shared
+        passes.clear()
+    hook.remove()
+    assert [h.text for h in both[:4]] != [h.text for h in both[4:]]
+
+
+def test_language_beams_and_window_reach_the_model(whisper: tuple[Any, Any]) -> None:
+    model, processor = whisper
+
+    def texts(**settings: Any) -> list[str]:
+        return [h.text for h in transcribe(model, processor, UTTERANCES, **{"language": "es"} | settings)]
+
+    assert texts() == texts()
+    for other in ({"language": "fr"}, {"beams": 4}, {"window": 12.0}):
+        assert texts(**other) != texts()
+
+
+def test_batches_hold_the_padded_seconds_and_the_longest_come_first(whisper: tuple[Any, Any]) -> None:
+    model, processor = whisper
+    shapes: list[tuple[int, int]] = []
+    hook = model.get_encoder().register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[::2])))
+    done: list[tuple[int, int]] = []
+    found = transcribe(
+        model,
+        processor,
+        UTTERANCES,
+        language="es",
+        tasks=["transcribe"],
+        batch_seconds=14,
+        on_progress=lambda *state: done.append(state),
+    )
+    hook.remove()
+    # 11 s is alone in its window of 13 s (the others would fit 7 s); two windows of 7 s make 14 s.
+    assert shapes == [(1, 1300), (2, 700), (2, 700), (1, 700)]
+    assert done == [(1, 6), (3, 6), (5, 6), (6, 6)]
+    assert {h.id: h.window for h in found} == {u.id: 13.0 if u.seconds > 7 else 7.0 for u in UTTERANCES}
+
+
+def test_the_model_is_left_as_it_was(whisper: tuple[Any, Any]) -> None:
+    model, processor = whisper
+    model.train()
+    before = model.generation_config.to_dict()
+    transcribe(model, processor, UTTERANCES[:1], language="es", device="cpu")
+    assert model.training
+    assert model.generation_config.to_dict() == before
+    assert model.config.max_source_positions == 1500
+    assert model.get_encoder().embed_positions.weight.shape[0] == 1500
+    model.eval()
+
+
+def test_cached_spectrograms_change_nothing(whisper: tuple[Any, Any]) -> None:
+    model, processor = whisper
+    cache = MelCache(80)
+    plain = transcribe(model, processor, UTTERANCES, language="es")
+    assert transcribe(model, processor, UTTERANCES, language="es", mels=cache) == plain
+    assert transcribe(model, processor, UTTERANCES, language="es", mels=cache) == plain
+
+
+def test_no_utterances_no_hypotheses(whisper: tuple[Any, Any]) -> None:
+    assert transcribe(*whisper, [], language="es") == []
+    table = hypothesis_table([], [], language="es", split="test")
+    assert len(table) == 0
+    assert table["truncated"].dtype == bool
+
+
+@given(st.floats(0.01, 30), st.floats(0.01, 30), st.integers(20, 444))
+def test_token_limit_grows_with_the_audio_and_stays_in_the_model(a: float, b: float, model_limit: int) -> None:
+    assert 0 < token_limit(a, model_limit) <= model_limit
+    assert (token_limit(a, model_limit) <= token_limit(b, model_limit)) or a > b
+
+
+def test_an_explicit_token_limit_truncates_and_says_so(whisper: tuple[Any, Any]) -> None:
+    model, processor = whisper
+    full = transcribe(model, processor, UTTERANCES, language="es")
+    short = transcribe(model, processor, UTTERANCES, language="es", max_new_tokens=3)
+    for long, cut in zip(full, short, strict=True):
+        assert cut.tokens == min(3, long.tokens)
+        assert cut.truncated == (long.tokens >= 3)
+        assert long.text.startswith(cut.text)
+
+
+def test_hypothesis_table_pairs_references_and_leaves_out_what_has_none(whisper: tuple[Any, Any]) -> None:
+    utterances = [UTTERANCES[0], dataclasses.replace(UTTERANCES[1], translation=None, speaker="ana")]
+    hypotheses = transcribe(*whisper, utterances, language="es")
+    table = hypothesis_table(hypotheses, utterances, language="es", split="validation")
+    assert list(table.columns) == [
+        "id", "language", "task", "split", "speaker", "seconds",
+        "reference", "hypothesis", "window", "tokens", "truncated",
+    ]  # fmt: skip
+    assert list(zip(table["id"], table["task"], table["reference"], strict=True)) == [
+        ("u0", "transcribe", "hola 0"),
+        ("u1", "transcribe", "hola 1"),
+        ("u0", "translate", "hello"),
+    ]
+    assert list(table["hypothesis"]) == [h.text for h in hypotheses[:3]]
+    assert table["speaker"].tolist() == [None, "ana", None]
+    assert set(table["language"]) == {"es"}
+    assert set(table["split"]) == {"validation"}
+
+
+def test_require_language_in_each_place_that_knows_languages(whisper: tuple[Any, Any]) -> None:
+    model, processor = whisper
+    ids = {require_language(source, "yue") for source in (processor, processor.tokenizer, model.generation_config)}
+    assert ids == {processor.tokenizer.convert_tokens_to_ids("<|yue|>")}
+    for source in (processor, processor.tokenizer, model.generation_config):
+        with pytest.raises(InputError, match=r"no language 'de'.*which has es, fr, yue"):
+            require_language(source, "de")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"language": "de"}, "no language 'de'"),
+        ({"language": "es", "tasks": ["transcribe", "sing"]}, "the task 'sing' is unknown"),
+        ({"language": "es", "window": 8.0}, "utterance u4 lasts 11.0 s, more than the window of 8 s"),
+    ],
+)
+def test_refused_before_any_work(whisper: tuple[Any, Any], settings: dict[str, Any], message: str) -> None:
+    done: list[Any] = []
+    with pytest.raises(InputError, match=message):
+        transcribe(*whisper, UTTERANCES, on_progress=lambda *state: done.append(state), **settings)
+    assert done == []
+
+
+def test_an_english_only_model_is_refused(whisper: tuple[Any, Any]) -> None:
+    model, processor = whisper
+    model.generation_config.is_multilingual = False
+    try:
+        with pytest.raises(InputError, match="English-only"):
+            transcribe(model, processor, UTTERANCES, language="es")
+    finally:
+        model.generation_config.is_multilingual = True
+
+
+def test_load_model_names_what_is_wrong(whisper_folder: Path, tmp_path: Path) -> None:
+    def copied(name: str) -> Path:
+        return shutil.copytree(whisper_folder, tmp_path / name)
+
+    with pytest.raises(CheckpointError, match="no config"):
+        load_model(tmp_path / "nowhere")
+    other = copied("other")
+    (other / "config.json").write_text(json.dumps({"model_type": "wav2vec2"}))
+    with pytest.raises(CheckpointError, match="'wav2vec2'"):
+        load_model(other)
+    pickled = copied("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        load_model(pickled)
+    cut = copied("cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_model(cut)
+    lacking = copied("lacking")
+    tensors = load_file(lacking / "model.safetensors")
+    del tensors["model.decoder.layers.0.fc1.weight"]
+    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lack 1 tensors, model.decoder.layers.0.fc1.weight"):
+        load_model(lacking)
+    bare = copied("bare")
+    for file in bare.iterdir():
+        if "token" in file.name or "processor" in file.name:
+            file.unlink()
+    with pytest.raises(CheckpointError, match="no complete processor"):
+        load_model(bare)
+
+
+def test_load_model_takes_the_type_asked_for(whisper_folder: Path) -> None:
+    model, processor = load_model(whisper_folder, torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    found = transcribe(model, processor, UTTERANCES[:2], language="es")
+    assert all(set(h.text) <= set("abcdefgh") for h in found)

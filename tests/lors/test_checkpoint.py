@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lors.checkpoint import HEAD, Checkpoint, check_compatible, is_finite, write_model_folder
+from lors.errors import CheckpointError, InputError
+
+
+def tensors_of(checkpoint: Checkpoint) -> list[tuple[str, torch.Tensor]]:
+    return [(name, checkpoint.tensor(name)) for name in checkpoint.float_names]
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_reads_what_transformers_wrote(tiny_whisper_folder):
+    from transformers import WhisperForConditionalGeneration
+
+    folder = tiny_whisper_folder(dtype=torch.bfloat16)
+    checkpoint = Checkpoint(folder)
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    parameters = dict(model.named_parameters())  # a tied parameter once
+    assert checkpoint.names == tuple(sorted(parameters))
+    assert checkpoint.parameters == sum(tensor.numel() for tensor in parameters.values())
+    for name, tensor in parameters.items():
+        assert checkpoint.dtype(name) == torch.bfloat16
+        assert checkpoint.shape(name) == tuple(tensor.shape)
+        assert torch.equal(checkpoint.tensor(name), tensor)
+
+
+def test_sharded_equals_single(tiny_whisper_folder):
+    single, sharded = Checkpoint(tiny_whisper_folder(3)), Checkpoint(tiny_whisper_folder(3, sharded=True))
+    assert len(sharded.weight_files) > 1
+    check_compatible(single, sharded)
+    for name in single.names:
+        assert torch.equal(single.tensor(name), sharded.tensor(name))
+
+
+def test_untied_head_is_kept_and_a_stored_tied_one_is_not(tiny_whisper_folder):
+    assert HEAD in Checkpoint(tiny_whisper_folder(tied=False)).names
+    folder = tiny_whisper_folder()
+    absent = Checkpoint(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[HEAD] = weights["model.decoder.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    stored = Checkpoint(folder)
+    assert HEAD not in absent.names
+    assert stored.names == absent.names
+    assert stored.parameters == absent.parameters
+    weights[HEAD][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert HEAD in Checkpoint(folder).names
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "is not a folder"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            r"pickled weights only.*AutoModelForSpeechSeq2Seq.from_pretrained\(SOURCE\).save_pretrained",
+        ),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "corrupt or cut off"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 4), "corrupt or cut off"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 900), "corrupt or cut off"),
+    ],
+)
+def test_refuses_a_damaged_folder_in_one_sentence(tiny_whisper_folder, damage, message):
+    folder = tiny_whisper_folder()
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_incomplete_shards(tiny_whisper_folder):
+    folder = tiny_whisper_folder(sharded=True)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["invented"] = next(iter(index["weight_map"].values()))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lacks the tensor invented"):
+        Checkpoint(folder)
+    del index["weight_map"]["invented"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.rename(folder / "away")
+    with pytest.raises(CheckpointError, match=f"lacks the shard {shard.name}"):
+        Checkpoint(folder)
+    index["weight_map"]["invented"] = "../elsewhere.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"lacks the shard ../elsewhere.safetensors"):
+        Checkpoint(folder)
+
+
+def test_hub_id_comes_from_the_cache_when_offline(tiny_whisper_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="somebody/whisper-tiny is neither a folder nor a Hugging Face model"):
+        Checkpoint("somebody/whisper-tiny")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--somebody--whisper-tiny" / "snapshots" / commit
+    shutil.copytree(tiny_whisper_folder(), snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commit)
+    checkpoint = Checkpoint("somebody/whisper-tiny")
+    assert checkpoint.folder == snapshot
+    assert checkpoint.label == checkpoint.hub_id == "somebody/whisper-tiny"
+
+
+def test_what_cannot_be_a_hub_id_is_not_looked_up(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        Checkpoint(tmp_path / "nowhere")
+
+
+def test_digest_follows_content_and_the_memo_spares_reading(tiny_whisper_folder):
+    folder, other = tiny_whisper_folder(1), tiny_whisper_folder(1)
+    memo: dict[str, str] = {}
+    digest = Checkpoint(folder).digest(memo)
+    assert digest == Checkpoint(other).digest()
+    assert len(memo) == 2
+    known = dict(memo)
+    memo |= dict.fromkeys(memo, "known")
+    assert Checkpoint(folder).digest(memo) != digest
+    config = folder / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert Checkpoint(folder).digest(known) not in {digest, Checkpoint(tiny_whisper_folder(2)).digest()}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_check_finite_names_the_tensor(tensor_folder, value, dtype):
+    good, bad = torch.ones(3, 4, dtype=dtype), torch.ones(3, 4, dtype=dtype)
+    bad[1, 2] = value
+    Checkpoint(tensor_folder("good", {"a": good, "empty": torch.empty(0, 3, dtype=dtype)})).check_finite()
+    assert not is_finite(bad)
+    with pytest.raises(CheckpointError, match="bad: the tensor b holds NaN or infinity"):
+        Checkpoint(tensor_folder("bad", {"a": good, "b": bad})).check_finite()
+
+
+def test_compatible_names_tensor_and_both_shapes(tiny_whisper_folder, tensor_folder):
+    base = Checkpoint(tiny_whisper_folder())
+    check_compatible(base, Checkpoint(tiny_whisper_folder(1, dtype=torch.float16)))
+    with pytest.raises(CheckpointError, match=r"embed_positions.weight is \[16, 24\] in .* but \[16, 16\] in"):
+        check_compatible(base, Checkpoint(tiny_whisper_folder(d_model=24)))
+    with pytest.raises(CheckpointError, match=r"proj_out.weight is \[64, 16\] in .* but absent in"):
+        check_compatible(base, Checkpoint(tiny_whisper_folder(tied=False)))
+    with pytest.raises(CheckpointError, match=r"proj_out.weight is absent in .* but \[64, 16\] in"):
+        check_compatible(Checkpoint(tiny_whisper_folder(tied=False)), base)
+    one = tensor_folder("one", {"a": torch.ones(2)})
+    with pytest.raises(CheckpointError, match=r"another architecture .*model_type bart, not whisper"):
+        check_compatible(
+            Checkpoint(one), Checkpoint(tensor_folder("two", {"a": torch.ones(2)}, {"model_type": "bart"}))
+        )
+    with pytest.raises(CheckpointError, match=r"the tensor a is torch.int64 in three but torch.float32 in one"):
+        check_compatible(Checkpoint(one), Checkpoint(tensor_folder("three", {"a": torch.ones(2, dtype=torch.int64)})))
+
+
+@pytest.mark.parametrize("options", [{}, {"sharded": True, "dtype": torch.bfloat16}, {"tied": False}])
+def test_written_folder_is_complete_and_loads(tiny_whisper_folder, tmp_path, options):
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    base = Checkpoint(tiny_whisper_folder(**options))
+    out = tmp_path / "deep" / "out"
+    wide = ((name, tensor.double()) for name, tensor in tensors_of(base))
+    limit = 6000 if options.get("sharded") else 5_000_000_000
+    written = write_model_folder(out, base, wide, text="Merged.", provenance={"seed": 7}, max_shard_bytes=limit)
+    assert everything_in(out.parent) == ["out"]
+    assert len(written.weight_files) == (3 if options.get("sharded") else 1)
+    for file in written.weight_files:
+        assert file.stat().st_mode == (out / "config.json").stat().st_mode
+    side = {path.name for path in base.folder.iterdir() if "safetensors" not in path.name}
+    assert side < {*everything_in(out)}
+    assert {"README.md", "generation_config.json", "preprocessor_config.json", "merges.txt"} < {*everything_in(out)}
+    assert written.names == base.names
+    for name in base.names:
+        assert written.dtype(name) == base.dtype(name)
+        assert torch.equal(written.tensor(name), base.tensor(name))
+    card = (out / "README.md").read_text()
+    assert "Merged." in card
+    assert '"seed": 7' in card
+    assert str(tmp_path) not in card
+    model = WhisperForConditionalGeneration.from_pretrained(out, dtype="auto")
+    assert (model.proj_out.weight is model.model.decoder.embed_tokens.weight) == options.get("tied", True)
+    assert WhisperFeatureExtractor.from_pretrained(out).feature_size == 8
+    same = tmp_path / "same"
+    write_model_folder(same, base, tensors_of(base), text="Merged.", provenance={"seed": 7}, max_shard_bytes=limit)
+    assert Checkpoint(same).digest() == written.digest()
+
+
+def test_buffers_that_are_not_float_come_from_the_base(tensor_folder, tmp_path):
+    base = Checkpoint(tensor_folder("base", {"a": torch.ones(2), "steps": torch.arange(3)}))
+    written = write_model_folder(tmp_path / "out", base, [("a", torch.full((2,), 5.0))])
+    assert written.tensor("a").tolist() == [5, 5]
+    assert written.tensor("steps").tolist() == [0, 1, 2]
+
+
+def test_interrupted_write_leaves_nothing(tiny_whisper_folder, tmp_path):
+    base = Checkpoint(tiny_whisper_folder())
+
+    def interrupted():
+        yield from tensors_of(base)[:5]
+        assert any(path.name.endswith(".partial") for path in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_model_folder(tmp_path / "out", base, interrupted(), max_shard_bytes=4000)
+    assert everything_in(tmp_path) == []
+
+
+def test_refuses_an_output_that_is_not_empty_or_cannot_be_made(tiny_whisper_folder, tmp_path):
+    base = Checkpoint(tiny_whisper_folder())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(InputError, match="already there and not empty"):
+        write_model_folder(tmp_path / "full", base, tensors_of(base))
+    assert everything_in(tmp_path / "full") == ["file"]
+    with pytest.raises(InputError, match=r"cannot write .*out"):
+        write_model_folder(tmp_path / "full" / "file" / "out", base, tensors_of(base))
+    (tmp_path / "empty").mkdir()
+    write_model_folder(tmp_path / "empty", base, tensors_of(base))
+    assert everything_in(tmp_path) == ["empty", "full"]
+
+
+def test_refuses_values_that_overflow_the_base_dtype(tensor_folder, tmp_path):
+    base = Checkpoint(tensor_folder("base", {"a": torch.ones(2, dtype=torch.float16)}))
+    with pytest.raises(CheckpointError, match=r"tensor a is not finite as torch.float16"):
+        write_model_folder(tmp_path / "out", base, [("a", torch.full((2,), 70000.0))])
+    assert everything_in(tmp_path) == ["base"]
