@@ -135,7 +135,7 @@ def _run(options: argparse.Namespace) -> int:
     store = Store(experiment.store)
     planned = plan(build_steps(experiment, store), store)
 
-    from flows.prefect_environment import prepare, settle
+    from flows.prefect_environment import prepare
 
     prepare(store.root)
     from flows.pipeline import full_pipeline
@@ -148,7 +148,6 @@ def _run(options: argparse.Namespace) -> int:
             result = full_pipeline(experiment)
         finally:
             LISTENERS.remove(progress)
-            settle()
     if options.json:
         print(json.dumps(result, indent=2))
     else:

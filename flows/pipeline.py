@@ -9,11 +9,13 @@ from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, wait
 from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from lors.config import Experiment, Expert
+from flows.prefect_environment import settle
+from lors.config import Experiment
 from lors.errors import InputError, LorsError, StepFailedError
 from lors.isolate import Slots
 from lors.outputs import publish, require_writable
@@ -21,12 +23,12 @@ from lors.pipeline import Step, Workspace, build_steps, plan
 from lors.resources import shares
 from lors.store import Artifact, Store
 from tasks.runtime import Runtime, use
-from tasks.steps import TASKS
+from tasks.steps import task_for
 
 __all__ = ["full_pipeline", "merge_and_evaluate", "train_expert"]
 
 # A submitted step holds a thread while it waits for its inputs; the child processes, far fewer, do the work.
-_THREADS = 1024
+_RUNNER: Any = ThreadPoolTaskRunner(max_workers=1024)
 
 Futures = dict[str, PrefectFuture[Any]]
 
@@ -34,7 +36,7 @@ Futures = dict[str, PrefectFuture[Any]]
 @flow(
     name="full-pipeline",
     flow_run_name="full-pipeline {experiment.output}",
-    task_runner=ThreadPoolTaskRunner(max_workers=_THREADS),
+    task_runner=_RUNNER,
 )
 def full_pipeline(experiment: Experiment) -> dict[str, Any]:
     """Data, experts, task vectors, pruning, merging, evaluation: computes what is not in the store yet."""
@@ -46,14 +48,16 @@ def full_pipeline(experiment: Experiment) -> dict[str, Any]:
 @flow(
     name="train-expert",
     flow_run_name="train-expert {language}-{task}",
-    task_runner=ThreadPoolTaskRunner(max_workers=_THREADS),
+    task_runner=_RUNNER,
 )
 def train_expert(experiment: Experiment, language: str, task: str) -> dict[str, Any]:
     """One expert: prepare its corpus, fine-tune, extract and prune its task vector. Returns the last artifact."""
-    expert = Expert.model_validate({"language": language, "task": task})
     with _runtime(experiment) as runtime:
+        expert = next((e for e in experiment.experts if (e.language, e.task) == (language, task)), None)
+        if expert is None:
+            known = ", ".join(known.id for known in experiment.experts)
+            raise InputError(f"{language}-{task} is no expert of this experiment: choose from {known}")
         steps = build_steps(experiment, runtime.workspace.store)
-        _require_expert(expert, experiment)
         last = f"prune {expert.id}" if f"prune {expert.id}" in steps else f"extract {expert.id}"
         return _run([last], steps, runtime)[last].to_json()
 
@@ -61,7 +65,7 @@ def train_expert(experiment: Experiment, language: str, task: str) -> dict[str, 
 @flow(
     name="merge-and-evaluate",
     flow_run_name="merge-and-evaluate {experiment.output}",
-    task_runner=ThreadPoolTaskRunner(max_workers=_THREADS),
+    task_runner=_RUNNER,
 )
 def merge_and_evaluate(experiment: Experiment) -> dict[str, Any]:
     """From experts that are in the store already: merge, search the scaling, evaluate all systems, write the output."""
@@ -82,28 +86,37 @@ def _runtime(experiment: Experiment) -> Iterator[Runtime]:
     for folder in (experiment.output, experiment.store):
         require_writable(folder)
     count, threads, devices = shares(experiment)
-    with Slots(count, threads, devices) as slots:
-        workspace = Workspace(Store(experiment.store), slots, threads)
-        with use(Runtime(workspace, Path(PREFECT_RESULTS_LOCAL_STORAGE_PATH.value()))) as runtime:
+    context = FlowRunContext.get()
+    assert context is not None, "called by a flow"
+    assert context.flow_run is not None
+    flow_run, store = context.flow_run.id, Store(experiment.store)
+    slots = Slots(count, threads, devices)
+    runtime = Runtime(Workspace(store, slots, threads), Path(PREFECT_RESULTS_LOCAL_STORAGE_PATH.value()))
+    try:
+        with slots, use(flow_run, runtime):  # `use` ends first, so that no task is tried again when its child is ended
             yield runtime
+    finally:
+        settle(flow_run, runtime.submitted)
 
 
 def _run(names: Iterable[str], steps: Mapping[str, Step], runtime: Runtime) -> dict[str, Artifact]:
     """Submit the named steps and all they depend on; the artifact of each, by step."""
+    cached = {planned.step.name for planned in plan(steps, runtime.workspace.store) if planned.cached}
     futures: Futures = {}
-    _submit(names, steps, futures)
+
+    def submit(name: str) -> PrefectFuture[Any]:
+        if name not in futures:
+            step = steps[name]
+            inputs = {role: submit(source.step) for role, source in step.inputs.items()}
+            futures[name] = task_for(step.stage, name in cached).submit(step=step, inputs=inputs)
+            runtime.submitted += 1
+        return futures[name]
+
+    for name in names:
+        submit(name)
     wait(list(futures.values()))
     _raise_first_failure(futures)
     return {name: Artifact.from_json(future.result()) for name, future in futures.items()}
-
-
-def _submit(names: Iterable[str], steps: Mapping[str, Step], futures: Futures) -> None:
-    for name in names:
-        if name not in futures:
-            step = steps[name]
-            _submit((source.step for source in step.inputs.values()), steps, futures)
-            inputs = {role: futures[source.step] for role, source in step.inputs.items()}
-            futures[name] = TASKS[step.stage].submit(step=step, inputs=inputs)
 
 
 def _raise_first_failure(futures: Futures) -> None:
@@ -129,9 +142,3 @@ def _run_and_publish(experiment: Experiment, steps: Mapping[str, Step], runtime:
         key="lors-results", markdown=f"{table}\n\nOutput: `{experiment.output}`", description="WER, BLEU and recovery"
     )
     return {"output": str(experiment.output), "systems": summary["systems"], "computed": sorted(runtime.computed)}
-
-
-def _require_expert(expert: Expert, experiment: Experiment) -> None:
-    if expert not in experiment.experts:
-        known = ", ".join(known.id for known in experiment.experts)
-        raise InputError(f"{expert.id} is no expert of this experiment: choose from {known}")

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from lors.errors import ConfigError
 from lors.prune_settings import PruneSettings
@@ -33,16 +43,30 @@ Task = Literal["transcribe", "translate"]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 
 
+Counts = TypeVar("Counts", bound=BaseModel)
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Limits(_Section):
-    """The most utterances of each split; None takes all."""
+    """The most utterances of each split; None takes all (in an override: as many as in the other languages)."""
 
     train: PositiveInt | None = None
     validation: PositiveInt | None = None
     test: PositiveInt | None = None
+
+
+def _known_columns(columns: dict[str, str]) -> dict[str, str]:
+    known = ("audio", "text", "translation", "id", "speaker", "seconds")
+    for name in columns:
+        if name not in known:
+            raise ValueError(f"{name!r} is no column of ours{_nearest(name, known)}: map {', '.join(known)}")
+    return columns
+
+
+Columns = Annotated[dict[str, str], AfterValidator(_known_columns)]
 
 
 class _Corpora(_Section):
@@ -58,7 +82,7 @@ class ManifestOverride(_Section):
     """What one language does otherwise; what is left out is as for all."""
 
     path: str | None = None
-    columns: dict[str, str] | None = None
+    columns: Columns | None = None
     limits: Limits | None = None
 
 
@@ -66,26 +90,29 @@ class ManifestCorpora(_Corpora):
     """Speech listed in JSONL, CSV or Parquet files, one a (language, split)."""
 
     source: Literal["manifest"]
+    """Says that this is a manifest corpus."""
     path: str
     """With `{language}` and `{split}` (train, validation, test) in it, such as `data/{language}/{split}.jsonl`."""
-    columns: dict[str, str] = {}
+    columns: Columns = {}
     """Our name to the file's: audio, text, translation, id, speaker, seconds."""
     limits: Limits = Limits()
+    """The most utterances taken, in the file's order."""
     overrides: dict[Language, ManifestOverride] = {}
-
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        known = ("audio", "text", "translation", "id", "speaker", "seconds")
-        for name in columns:
-            if name not in known:
-                raise ValueError(f"{name!r} is not one of {', '.join(known)}")
-        return columns
+    """Other settings for single languages."""
 
     def of(self, language: str) -> ManifestCorpora:
         """These settings with the overrides of one language put in."""
-        override = self.overrides.get(language)
-        return self if override is None else self.model_copy(update=override.model_dump(exclude_none=True))
+        own = self.overrides.get(language, ManifestOverride())
+        changes = {
+            "path": own.path or self.path,
+            "columns": {**self.columns, **(own.columns or {})},
+            "limits": _updated(self.limits, own.limits or Limits()),
+        }
+        return self.model_copy(update=changes)
+
+
+def _updated(counts: Counts, changes: Limits) -> Counts:
+    return counts.model_copy(update=changes.model_dump(exclude_none=True))
 
 
 class SyntheticCounts(_Section):
@@ -100,16 +127,25 @@ class SyntheticCorpora(_Corpora):
     """Parallel sentences spoken by eSpeak NG (the `synthesis` extra)."""
 
     source: Literal["synthetic"]
+    """Says that this is a synthetic corpus."""
     utterances: SyntheticCounts = SyntheticCounts()
+    """How many of each split."""
     seed: NonNegativeInt = 1
     """The starter base was trained on seed 0."""
-    overrides: dict[Language, SyntheticCounts] = {}
+    overrides: dict[Language, Limits] = {}
+    """Other numbers of utterances for some languages."""
+
+    def of(self, language: str) -> SyntheticCorpora:
+        """These settings with the overrides of one language put in."""
+        own = self.overrides.get(language, Limits())
+        return self.model_copy(update={"utterances": _updated(self.utterances, own)})
 
 
 class Finetune(_Section):
     """How each expert is trained (AdamW, linear warm-up, linear decay to 0)."""
 
     steps: PositiveInt = 500
+    """Updates of the weights."""
     learning_rate: PositiveFloat | None = None
     """The peak. None: by the size of the base, 3.75e-5 (tiny) to 5e-6 (large)."""
     batch_seconds: PositiveFloat = 80.0
@@ -119,6 +155,7 @@ class Finetune(_Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The share of the steps in which the learning rate rises."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
     clip: PositiveFloat = 1.0
     """The largest gradient norm."""
     freeze: tuple[str, ...] = ()
@@ -126,12 +163,14 @@ class Finetune(_Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on GPUs that have it, fp32 elsewhere."""
     seed: NonNegativeInt = 0
+    """Of the order of the batches; the same for all experts."""
 
 
 class ScalingSearch(_Section):
     """The scaling coefficient is the one with the least error on the validation split."""
 
     search: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
+    """The coefficients to try."""
     metric: Literal["score", "loss"] = "score"
     """score: mean of WER (CER where words are not spaced) and of 100 - BLEU over languages and tasks. loss: mean of
     the teacher-forced cross-entropies."""
@@ -141,7 +180,9 @@ class Merge(_Section):
     """How the task vectors become one."""
 
     method: str = "lors"
+    """See `lors merge --list`."""
     scaling: Annotated[float, Field(ge=0)] | ScalingSearch = ScalingSearch()
+    """The scaling coefficient: a number, or a search."""
     weights: dict[str, float] = {}
     """Merge weight by expert (`es-transcribe`) or language (`es`); 1 where none is given."""
 
@@ -163,9 +204,13 @@ class Evaluate(_Section):
     """How every system is decoded and scored; the same for all that are compared."""
 
     beams: PositiveInt = 1
+    """1 decodes greedily."""
     window: Literal["auto"] | PositiveFloat = "auto"
+    """As in `finetune`; 30 for the figures that other papers report."""
     batch_seconds: PositiveFloat = 160.0
+    """Utterances times window of a batch, in seconds of audio."""
     normaliser: Literal["lors", "whisper_basic", "none"] = "lors"
+    """Of the text that WER and CER compare; BLEU and chrF2 compare raw text."""
 
 
 class Resources(_Section):
@@ -195,17 +240,27 @@ class Experiment(_Section):
     base: str
     """`starter`, a Hugging Face id or a folder."""
     languages: Annotated[tuple[Language, ...], Field(min_length=1)]
+    """Whisper's language codes."""
     tasks: Annotated[tuple[Task, ...], Field(min_length=1)] = ("transcribe", "translate")
+    """Whisper's tasks; translate is into English."""
     corpora: Annotated[ManifestCorpora | SyntheticCorpora, Field(discriminator="source")]
+    """Where the speech comes from."""
     finetune: Finetune = Finetune()
+    """How experts are trained."""
     prune: PruneSettings = PruneSettings()
+    """LoRS."""
     merge: Merge = Merge()
+    """How task vectors become one."""
     compare: tuple[str, ...] = ()
     """Other merging methods, run beside `merge.method` with the same scaling search."""
     evaluate: Evaluate = Evaluate()
+    """How systems are scored."""
     resources: Resources = Resources()
+    """What the run may use of this machine."""
     output: Path
+    """The folder for the results."""
     store: Path = Path("store")
+    """The folder for everything computed, shared by experiments and machines."""
 
     @field_validator("compare")
     @classmethod
@@ -230,10 +285,22 @@ class Experiment(_Section):
             if language not in self.languages:
                 raise ValueError(f"corpora.overrides names {language!r}, which is not among the languages")
         if isinstance(self.corpora, ManifestCorpora):
+            owners: dict[str, str] = {}
             for language in self.languages:
                 path = self.corpora.of(language).path
-                if "{split}" not in path:
+                try:
+                    train, test = (path.format(language=language, split=split) for split in ("train", "test"))
+                except (AttributeError, IndexError, KeyError, ValueError) as error:
+                    raise ValueError(
+                        f"corpora.path {path!r} may have {{language}} and {{split}} in braces, nothing else"
+                    ) from error
+                if train == test:
                     raise ValueError(f"corpora.path {path!r} of {language} has no {{split}} in it")
+                if owners.setdefault(train, language) != language:
+                    raise ValueError(
+                        f"corpora.path gives {language} the files of {owners[train]}: put {{language}} in it, or "
+                        "override it"
+                    )
         return self
 
     @property
@@ -273,8 +340,7 @@ def parse_experiment(data: Mapping[str, Any], origin: str = "the experiment") ->
     try:
         return Experiment.model_validate(data)
     except pydantic.ValidationError as error:
-        unknown = [e for e in error.errors() if e["type"] == "extra_forbidden"]
-        raise ConfigError(f"{origin}: {_sentence((unknown or error.errors())[0])}") from error
+        raise ConfigError(f"{origin}: {_sentence(error.errors(), data)}") from error
 
 
 def _put(data: dict[str, Any], change: str) -> None:
@@ -293,25 +359,59 @@ def _put(data: dict[str, Any], change: str) -> None:
     data[last] = value
 
 
-def _sentence(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    shown = ".".join(part for part in location if part not in ("manifest", "synthetic", "ScalingSearch"))
+def _sentence(errors: Sequence[Any], data: Mapping[str, Any]) -> str:
+    """The first unknown key, else the first wrong setting."""
+    errors = [e for e in errors if e["type"] == "extra_forbidden"] or errors
+    first = _place(errors[0], data)
+    # Each branch of a union (a number or a search) complains: those that looked deepest understood what was meant.
+    place = max((p for e in errors if (p := _place(e, data))[: len(first)] == first), key=len)
+    error, *others = (e for e in errors if _place(e, data) == place)
+    shown = ".".join(place)
     if error["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        return f"unknown key {shown!r}{_nearest(location[-1], known)}; known here: {', '.join(known)}"
+        known = _fields_at([str(part) for part in error["loc"][:-1]])
+        return f"unknown key {shown!r}{_nearest(place[-1], known)}; known here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{shown!r} is missing: add it"
-    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "union_tag_invalid":
         return f"{shown}.source must be manifest or synthetic, not {error['input'].get('source')!r}"
     if error["type"] == "union_tag_not_found":
         return f"{shown}.source is missing: say manifest or synthetic"
-    given = "" if error["type"] == "value_error" else f", not {error['input']!r}"
-    return f"{shown}: {message}{given}" if shown else message
+    if error["type"] == "too_short":
+        return f"{shown} is empty: list at least one value"
+    if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{shown}: {message}" if shown else message
+    messages = dict.fromkeys(
+        _TYPES.sub(_yaml_type, e["msg"]).removeprefix("Input should be ") for e in (error, *others)
+    )
+    if error["type"] == "string_pattern_mismatch":
+        messages = {"a language code of two or three small letters, such as 'es'": None}
+    quote = isinstance(error["input"], bool) and " (YAML reads a bare no, off, yes or on so: put it in quotes)"
+    return f"{shown} should be {' or '.join(messages)}, not {error['input']!r}{quote or ''}"
 
 
-def _nearest(name: str, known: Iterator[str] | Mapping[str, Any] | Sequence[str] | set[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def _place(error: Any, data: Any) -> tuple[str, ...]:
+    """Where in the data an error is: pydantic's location without the names of union branches."""
+    place = []
+    for part in error["loc"]:
+        try:
+            data = data[part]
+        except (IndexError, KeyError, TypeError):
+            if error["type"] != "missing" or part != error["loc"][-1]:
+                continue
+        place.append(str(part))
+    return tuple(place)
+
+
+_TYPES = re.compile(r"a valid (dictionary( or (instance of \w+|object to extract fields from))?|tuple)")
+
+
+def _yaml_type(found: re.Match[str]) -> str:
+    return "a list" if found[1] == "tuple" else "a mapping"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
 
 

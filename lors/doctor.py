@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lors.config import Experiment, load_experiment
 from lors.errors import LorsError
@@ -45,19 +46,18 @@ def examine(file: Path | None = None) -> list[Check]:
             checks.append(Check("experiment", False, str(error), "correct the file"))
     for check in (_devices, _prefect, _prefect_api, _audio, _synthesis):
         checks += _guarded(check)
-    checks += _guarded(lambda: _disk(experiment))
-    checks += _guarded(lambda: _base(experiment))
+    checks += _guarded(_disk, experiment) + _guarded(_base, experiment)
     if experiment is not None:
-        checks += _guarded(lambda: _steps(experiment))
+        checks += _guarded(_steps, experiment)
     return checks
 
 
-def _guarded(check: Callable[[], Iterator[Check]]) -> list[Check]:
+def _guarded(check: Callable[..., Iterator[Check]], *arguments: Any) -> list[Check]:
     found: list[Check] = []
     try:
-        found.extend(check())
+        found.extend(check(*arguments))
     except Exception as error:  # a check that breaks is a finding, not the end of the others
-        name = check.__name__.strip("_<>").replace("lambda", "experiment")
+        name = check.__name__.strip("_").replace("_", " ")
         found.append(Check(name, False, f"{type(error).__name__}: {error}", "see the message"))
     return found
 
@@ -113,17 +113,20 @@ def _audio() -> Iterator[Check]:
         samples, rate = soundfile.read(buffer, dtype="float32")
         if not 15_000 < len(soxr.resample(samples, rate, 16_000)) < 17_500:
             yield Check("audio", False, f"{kind} decodes to the wrong length", "pip install -U soundfile soxr")
+            return
     yield Check("audio", True, "wav, flac, ogg and mp3 decode and resample")
 
 
 def _synthesis() -> Iterator[Check]:
     from lors.speech.corpora.espeak import VOICES, speak
+    from lors.speech.corpora.synthetic import generator_versions
 
     try:
-        samples, rate = speak("Hola", "es", VOICES[0], 170, 50)
+        generator_versions()
     except LorsError as error:
-        yield Check("synthesis", True, f"not installed, needed for synthetic corpora only ({error})")
+        yield Check("synthesis", True, f"not installed: {error}")
         return
+    samples, rate = speak("Hola", "es", VOICES[0], 170, 50)
     yield Check("synthesis", len(samples) > rate / 5, f"eSpeak NG speaks ({rate} Hz)", "reinstall espeakng-loader")
 
 
@@ -132,7 +135,7 @@ def _disk(experiment: Experiment | None) -> Iterator[Check]:
     for name, folder in folders.items():
         existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(existing).free
-        enough, writable = free >= _LOW_DISK, os.access(existing, os.W_OK)
+        enough, writable = free >= _LOW_DISK, existing.is_dir() and os.access(existing, os.W_OK)
         found = f"{name} {folder.absolute()}: {free / 2**30:.1f} GiB free" + ("" if writable else ", not writable")
         yield Check("disk", enough and writable, found, "free space, change permissions or choose another folder")
 

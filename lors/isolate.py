@@ -81,6 +81,7 @@ class Slots:
         call: str,  # "package.module:function"
         arguments: Mapping[str, Any],  # JSON values
         on_event: Callable[[Mapping[str, Any]], None] = lambda event: None,
+        on_start: Callable[[], None] = lambda: None,  # called once a slot is free, which may take hours
         fresh: bool = False,  # a child of its own, ended with the job
         log: Path | None = None,  # gets what the job prints, and tracebacks; None is the parent's standard error
     ) -> dict[str, Any]:
@@ -99,6 +100,7 @@ class Slots:
         job = {"call": call, "arguments": dict(arguments), "log": None if log is None else str(log.absolute())}
         line = json.dumps(job).encode() + b"\n"
         with self._slot(call) as slot:
+            on_start()
             child = slot.start(fresh, log)
             if self._closed:  # close() may have passed this slot before its child was there
                 child.end()

@@ -7,8 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
-import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lors.config import Experiment
 from lors.errors import InputError
 from lors.model_folder import read_json
 from lors.pipeline import Step
+from lors.speech.corpus import SPLITS
 from lors.store import Artifact, Store, file_digest, storage_errors, write_json
 
 __all__ = ["publish", "require_writable"]
@@ -39,12 +39,12 @@ def publish(
     experiment: Experiment,
     steps: Mapping[str, Step],
     artifacts: Mapping[str, Artifact],
-    computed: Mapping[str, float],
+    computed: Collection[str],
     store: Store,
 ) -> dict[str, Any]:
     """Write everything of DESIGN's output from the store; returns the content of summary.json, written last.
 
-    `computed` has the seconds of the steps that this run computed. Files that are there already with the right
+    `computed` names the steps that this run computed. Files that are there already with the right
     content are left alone. The table is in `table.md` too.
     """
     output, method = experiment.output, experiment.merge.method
@@ -74,14 +74,17 @@ def publish(
                 system: read_json(store.path(artifacts[f"select scaling {system}"]) / "scaling.json")
                 for system in experiment.systems
             },
-            "corpora": {language: artifacts[f"prepare {language}"].summary for language in experiment.languages},
+            "corpora": {
+                language: {split: artifacts[f"prepare {language} {split}"].summary for split in SPLITS}
+                for language in experiment.languages
+            },
             "steps": [
                 {
                     "name": name,
                     "stage": step.stage,
                     "key": artifacts[name].key,
                     "state": "run" if name in computed else "cached",
-                    "seconds": computed.get(name, store.manifest(artifacts[name])["seconds"]),
+                    "seconds": store.manifest(artifacts[name])["seconds"],
                 }
                 for name, step in steps.items()
             ],
@@ -92,6 +95,7 @@ def publish(
             "experiment": experiment.model_dump(mode="json"),
         }
         write_json(output / "summary.json", summary)
+        store.memo.save()
     return summary
 
 
@@ -100,12 +104,9 @@ def _copy(source: Path, target: Path, store: Store) -> None:
     if same_size and file_digest(target, store.memo) == file_digest(source, store.memo):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        shutil.copyfile(source, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
 
 
 def _prune_folder(folder: Path, wanted: set[str]) -> None:
@@ -131,13 +132,13 @@ def _publish_model(store: Store, artifact: Artifact, model: Path, table: str) ->
         if same:
             (model / "README.md").write_text(card, "utf-8")
             return
-    partial, old = (model.with_name(f".model.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("new", "old"))
-    try:
-        shutil.copytree(source, partial)
-        (partial / "README.md").write_text(card, "utf-8")
-        if model.exists():
-            model.rename(old)
-        partial.rename(model)
-    finally:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+    # Names of their own, so that what a killed run left is cleared away here.
+    partial, old = model.with_name(".model.partial"), model.with_name(".model.old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source, partial)
+    (partial / "README.md").write_text(card, "utf-8")
+    if model.exists():
+        model.rename(old)
+    partial.rename(model)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,15 +1,17 @@
 """The pipeline as data: every step of an experiment, its key, and what is cached. No torch and no Prefect here.
 
-    prepare (language) ──► fine-tune (expert) ──► extract (expert) ──► prune (expert)
-                                                                          │
-    combine (system) ◄────────────────────────────────────────────────────┘
+    prepare (language, split) ──► fine-tune (expert) ──► extract (expert) ──► prune (expert)
+                                                                                 │
+    combine (system) ◄───────────────────────────────────────────────────────────┘
         └──► score scaling (system, coefficient) ──► select ──► write model ──► evaluate (system, language) ──► score
 
 A step's key is the hash of its own settings, the digests of its inputs and the version of its algorithm (`VERSIONS`).
+Files that a step does not read are no part of its key, so a new test split, say, trains nothing again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,13 +23,14 @@ from lors.errors import CheckpointError, ConfigError
 from lors.isolate import Slots
 from lors.merging.registry import METHODS
 from lors.model_folder import folder_digest, read_json, resolve_folder
+from lors.speech.corpus import SPLITS
 from lors.starter import MODEL_FOLDER
-from lors.store import Artifact, Store, step_key
+from lors.store import Artifact, Memo, Store, file_digest, step_key
 
 __all__ = ["VERSIONS", "PlannedStep", "Source", "Step", "Workspace", "build_steps", "plan", "resolve_base", "run_step"]
 
 VERSIONS = {
-    "prepare_corpus": 1,
+    "prepare_split": 1,
     "fine_tune": 1,
     "extract_task_vector": 1,
     "prune_task_vector": 1,
@@ -107,7 +110,7 @@ def build_steps(experiment: Experiment, store: Store) -> dict[str, Step]:
     """
     base = resolve_base(experiment.base)
     native = _check_base(base, experiment)
-    builder = _Builder(experiment, str(base), folder_digest(base, store.memo), native, store)
+    builder = _Builder(experiment, str(base), _base_digest(base, store.memo), native, store)
     builder.build()
     store.memo.save()
     return builder.steps
@@ -128,7 +131,37 @@ def _check_base(base: Path, experiment: Experiment) -> float:
                 f"languages: the base {experiment.base} has no token for {language!r}, choose another language or "
                 f"base (it has {codes})"
             )
-    return float(config["max_source_positions"]) / 50
+    return float(config.get("max_source_positions", 1500)) / 50
+
+
+# What `from_pretrained` reads of a Whisper beside the weights and config.json.
+_TEXT_SIDE = (
+    "added_tokens.json",
+    "generation_config.json",
+    "merges.txt",
+    "normalizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def _base_digest(base: Path, memo: Memo) -> str:
+    """Of all that shapes an expert: the weights, and the tokenizer, the features and the way of decoding."""
+    digests = [folder_digest(base, memo)]
+    digests += [f"{name} {file_digest(base / name, memo)}" for name in _TEXT_SIDE if (base / name).is_file()]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+Corpus = Mapping[str, str]
+"""The step that makes each split of a language."""
+
+
+def _parquet(corpus: Corpus, split: str) -> Source:
+    return Source(corpus[split], (f"{split}.parquet",))
 
 
 @dataclass
@@ -165,29 +198,33 @@ class _Builder:
         self.add(
             "score systems",
             "score_systems",
-            {"normaliser": experiment.evaluate.normaliser},
+            {"normaliser": experiment.evaluate.normaliser, "order": list(evaluations)},
             inputs={role: Source(step, ("hypotheses.parquet",)) for role, step in evaluations.items()},
         )
 
-    def prepare(self, language: str) -> str:
+    def prepare(self, language: str) -> Corpus:
+        """The steps that make a language's splits."""
+        return {split: self.prepare_split(language, split) for split in SPLITS}
+
+    def prepare_split(self, language: str, split: str) -> str:
         corpora = self.experiment.corpora
-        limits = {
+        settings: dict[str, Any] = {
+            "language": language,
+            "split": split,
+            "source": corpora.source,
             "min_seconds": corpora.min_seconds,
             "max_seconds": min(corpora.max_seconds, self.native),
             "max_rejected": corpora.max_rejected,
         }
-        settings: dict[str, Any] = {"language": language, "source": corpora.source, **limits}
         rest: dict[str, Any] = {"language": language}
         if isinstance(corpora, ManifestCorpora):
             from lors.speech.corpora.manifest import content_digest
 
             own = corpora.of(language)
-            paths = {s: own.path.format(language=language, split=s) for s in ("train", "validation", "test")}
-            settings |= {"columns": own.columns, "limits": own.limits.model_dump()}
-            rest["outside"] = {
-                split: content_digest(Path(path), own.columns, self.store.memo) for split, path in paths.items()
-            }
-            rest["places"] = {"paths": {split: str(Path(path).absolute()) for split, path in paths.items()}}
+            path = Path(own.path.format(language=language, split=split))
+            settings |= {"columns": own.columns, "limit": getattr(own.limits, split)}
+            rest["outside"] = {"manifest": content_digest(path, own.columns, self.store.memo)}
+            rest["places"] = {"manifest": str(path.absolute())}
         else:
             from lors.speech.corpora.synthetic import LANGUAGES, generator_versions
 
@@ -196,18 +233,17 @@ class _Builder:
                     f"languages: the synthetic corpus does not speak {language!r}, choose from {', '.join(LANGUAGES)} "
                     "or give a manifest"
                 )
-            counts = corpora.overrides.get(language, corpora.utterances)
-            settings |= {"utterances": counts.model_dump(), "seed": corpora.seed}
+            settings |= {"limit": getattr(corpora.of(language).utterances, split), "seed": corpora.seed}
             rest["outside"] = generator_versions()
-        return self.add(f"prepare {language}", "prepare_corpus", settings, **rest)
+        return self.add(f"prepare {language} {split}", "prepare_split", settings, **rest)
 
-    def expert(self, expert: Expert, corpus: str) -> str:
+    def expert(self, expert: Expert, corpus: Corpus) -> str:
         about = {"language": expert.language, "task": expert.task}
         trained = self.add(
             f"fine-tune {expert.id}",
             "fine_tune",
             {**about, **self.experiment.finetune.model_dump()},
-            inputs={"corpus": Source(corpus, ("train.parquet", "validation.parquet"))},
+            inputs={split: _parquet(corpus, split) for split in ("train", "validation")},
             **self.on_base,
             **about,
         )
@@ -215,7 +251,7 @@ class _Builder:
             f"extract {expert.id}",
             "extract_task_vector",
             {},
-            inputs={"expert": Source(trained)},
+            inputs={"expert": Source(trained, ("*.safetensors", "*.json"))},
             **self.on_base,
             **about,
         )
@@ -230,7 +266,7 @@ class _Builder:
             task=expert.task,
         )
 
-    def merge(self, method: str, vectors: Mapping[Expert, str], corpora: Mapping[str, str]) -> None:
+    def merge(self, method: str, vectors: Mapping[Expert, str], corpora: Mapping[str, Corpus]) -> None:
         experiment = self.experiment
         combined = self.add(
             f"combine {method}",
@@ -244,7 +280,7 @@ class _Builder:
         if isinstance(scaling, ScalingSearch) and METHODS[method].searches_scaling:
             for value in scaling.search:
                 name = self.add(
-                    f"score {method} at {value:g}",
+                    f"score {method} at {value:.15g}",
                     "score_scaling",
                     {
                         "scaling": value,
@@ -255,17 +291,19 @@ class _Builder:
                     },
                     inputs={
                         "combined": Source(combined),
-                        **{f"corpus-{code}": Source(step, ("validation.parquet",)) for code, step in corpora.items()},
+                        **{f"corpus-{code}": _parquet(corpus, "validation") for code, corpus in corpora.items()},
                     },
                     **self.on_base,
                 )
-                points[f"{value:g}"] = Source(name)
+                points[f"{value:.15g}"] = Source(name)
             chosen: float | None = None
         elif isinstance(scaling, ScalingSearch) or not METHODS[method].searches_scaling:
             chosen = METHODS[method].scaling_default
         else:
             chosen = scaling
-        selected = self.add(f"select scaling {method}", "select_scaling", {"scaling": chosen}, inputs=points)
+        selected = self.add(
+            f"select scaling {method}", "select_scaling", {"method": method, "scaling": chosen}, inputs=points
+        )
         self.add(
             f"write {method}",
             "write_model",
@@ -278,8 +316,8 @@ class _Builder:
         decoding = self.experiment.evaluate.model_dump(exclude={"normaliser"})
         return {"language": language, "tasks": tasks, "split": "test", **decoding}
 
-    def evaluate(self, system: str, language: str, corpora: Mapping[str, str]) -> str:
-        inputs = {"corpus": Source(corpora[language], ("test.parquet",))}
+    def evaluate(self, system: str, language: str, corpora: Mapping[str, Corpus]) -> str:
+        inputs = {"corpus": _parquet(corpora[language], "test")}
         where: dict[str, Any] = self.on_base if system == "base" else {}
         if system != "base":
             inputs["model"] = Source(f"write {system}", ("*.safetensors", "*.json"))
@@ -287,13 +325,13 @@ class _Builder:
         name = f"evaluate {system} {language}"
         return self.add(name, "evaluate_model", settings, inputs=inputs, language=language, **where)
 
-    def evaluate_expert(self, expert: Expert, corpora: Mapping[str, str]) -> str:
+    def evaluate_expert(self, expert: Expert, corpora: Mapping[str, Corpus]) -> str:
         return self.add(
             f"evaluate expert {expert.id}",
             "evaluate_model",
             self._decoding(expert.language, (expert.task,)),
             inputs={
-                "corpus": Source(corpora[expert.language], ("test.parquet",)),
+                "corpus": _parquet(corpora[expert.language], "test"),
                 "model": Source(f"fine-tune {expert.id}", ("*.safetensors", "*.json")),
             },
             language=expert.language,
@@ -344,7 +382,12 @@ def run_step(
     ) as production:
         if production.hit is not None:
             return production.hit, True
-        started = time.monotonic()
+        started = 0.0
+
+        def start() -> None:
+            nonlocal started
+            started = time.monotonic()
+
         summary = workspace.slots.run(
             f"lors.stages:{step.stage}",
             {
@@ -357,7 +400,9 @@ def run_step(
                 "threads": workspace.threads,
             },
             on_event,
+            start,
             fresh=step.stage in _OWN_PROCESS,
             log=production.work / "log.txt",
         )
-        return production.publish(summary, time.monotonic() - started), False
+        artifact = production.publish(summary, time.monotonic() - started)
+        return artifact, False

@@ -16,7 +16,7 @@ COMPOSITIONS: tuple[Composition, ...] = get_args(Composition)
 class PruneSettings(BaseModel):
     """What LoRS keeps of a task vector."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     composition: Composition = "additive"
     """How the low-rank and the sparse part combine."""

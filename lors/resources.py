@@ -10,6 +10,7 @@ from lors.config import Experiment
 __all__ = ["cores", "devices", "shares"]
 
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def devices() -> list[str]:
@@ -21,8 +22,13 @@ def devices() -> list[str]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use: by its affinity and by its container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup of version 2, or "max"
+        return count
 
 
 def shares(experiment: Experiment) -> tuple[int, int, list[str]]:

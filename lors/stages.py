@@ -8,6 +8,7 @@ store), `digests` (of all inputs), `out` (an empty folder for its files), `work`
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ __all__ = [
     "evaluate_model",
     "extract_task_vector",
     "fine_tune",
-    "prepare_corpus",
+    "prepare_split",
     "prune_task_vector",
     "score_scaling",
     "score_systems",
@@ -33,41 +34,31 @@ _VECTOR = "task_vector.safetensors"
 _HYPOTHESES = "hypotheses.parquet"
 
 
-def prepare_corpus(
+def prepare_split(
     settings: Mapping[str, Any], places: Mapping[str, Any], out: str, report: Report, **_: Any
 ) -> dict[str, Any]:
-    """One language's three validated splits, as Parquet with embedded 16 kHz FLAC, and the rejected rows."""
+    """One validated split of a language, as Parquet with embedded 16 kHz FLAC, and its rejected rows."""
     from dataclasses import asdict
 
     from lors.speech.corpora import manifest, synthetic
-    from lors.speech.corpus import SPLITS, write_split
+    from lors.speech.corpus import write_split
 
-    language = settings["language"]
-    summary: dict[str, Any] = {}
-    for split in SPLITS:
-        if settings["source"] == "synthetic":
-            limit = settings["utterances"][split]
-            rows = synthetic.candidates(language, split, limit, settings["seed"])
-        else:
-            limit = settings["limits"][split]
-            rows = manifest.candidates(Path(places["paths"][split]), settings["columns"])
-
-        def progress(done: int, total: int | None, split: str = split) -> None:
-            report({"done": done, "total": total, "unit": "utterances", "note": split})
-
-        summary[split] = asdict(
-            write_split(
-                rows,
-                Path(out) / f"{split}.parquet",
-                language=language,
-                min_seconds=settings["min_seconds"],
-                max_seconds=settings["max_seconds"],
-                max_rejected=settings["max_rejected"],
-                limit=limit,
-                on_progress=progress,
-            )
-        )
-    return summary
+    language, split, limit = settings["language"], settings["split"], settings["limit"]
+    if settings["source"] == "synthetic":
+        rows = synthetic.candidates(language, split, limit, settings["seed"])
+    else:
+        rows = manifest.candidates(Path(places["manifest"]), settings["columns"])
+    written = write_split(
+        rows,
+        Path(out) / f"{split}.parquet",
+        language=language,
+        min_seconds=settings["min_seconds"],
+        max_seconds=settings["max_seconds"],
+        max_rejected=settings["max_rejected"],
+        limit=limit,
+        on_progress=lambda done, total: report({"done": done, "total": total, "unit": "utterances"}),
+    )
+    return asdict(written)
 
 
 def fine_tune(
@@ -90,7 +81,7 @@ def fine_tune(
     model, processor = _load(places["base"], threads)
     examples = {}
     for split in ("train", "validation"):
-        utterances = read_split(Path(inputs["corpus"]) / f"{split}.parquet")
+        utterances = read_split(Path(inputs[split]) / f"{split}.parquet")
         limit = model.config.max_target_positions
         examples[split] = finetune.examples_for(utterances, processor.tokenizer, language, task, limit)
         if not examples[split]:
@@ -102,7 +93,8 @@ def fine_tune(
     result = finetune.fine_tune(model, examples["train"], examples["validation"], own, Path(work) / "training", report)
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    (Path(work) / "training" / finetune.LOG).replace(Path(out) / finetune.LOG)
+    # Copied, not moved: killed from here on, the next run starts from the checkpoint and goes on with this log.
+    shutil.copyfile(Path(work) / "training" / finetune.LOG, Path(out) / finetune.LOG)
     return {"train": len(examples["train"]), "validation": len(examples["validation"]), **result}
 
 
@@ -163,7 +155,8 @@ def score_scaling(
 
     model, processor = _load(places["base"], threads)
     merged = _merged(places["base"], inputs["combined"], settings["scaling"])
-    model.load_state_dict({name: tensor.float() for name, tensor in merged}, strict=False)
+    odd = model.load_state_dict({name: tensor.float() for name, tensor in merged}, strict=False).unexpected_keys
+    assert not odd, f"the search would score a model without its merged {odd[0]}"
     measure = _validation_loss if settings["metric"] == "loss" else _validation_error
     errors: dict[str, float] = {}
     for number, language in enumerate(settings["languages"]):
@@ -282,8 +275,8 @@ def score_systems(settings: Mapping[str, Any], inputs: Mapping[str, str], out: s
     from lors.scoring.results import markdown_table, score_tables, summarise
 
     parts: dict[str, list[Any]] = {}
-    for name, folder in inputs.items():
-        parts.setdefault(name.partition("-")[0], []).append(pd.read_parquet(Path(folder) / _HYPOTHESES))
+    for name in settings["order"]:
+        parts.setdefault(name.partition("-")[0], []).append(pd.read_parquet(Path(inputs[name]) / _HYPOTHESES))
     tables = {system: pd.concat(found, ignore_index=True) for system, found in parts.items()}
     results = score_tables(tables, normaliser=settings["normaliser"])
     summary = summarise(results, tables, normaliser=settings["normaliser"])

@@ -386,7 +386,10 @@ class Store:
         aside: Path,
     ) -> Artifact:
         sizes = {path.relative_to(out).as_posix(): path.stat().st_size for path in _regular_files(out)}
+        # safetensors writes files that only their owner may read; the store's other users need them too.
+        mode = out.stat().st_mode & 0o666
         for name in sizes:
+            (out / name).chmod(mode)
             _sync(out / name)
         hashes: dict[str, str] = {}
         files = {name: file_digest(out / name, hashes) for name in sorted(sizes)}

@@ -11,11 +11,12 @@ from prefect.context import TaskRunContext
 from prefect.tasks import Task, exponential_backoff
 
 from lors.errors import LorsError, StepFailedError
-from tasks.runtime import current
+from lors.store import Artifact
+from tasks.runtime import runtime_of
 
-__all__ = ["cache_key", "can_pass", "step_task"]
+__all__ = ["artifacts_of", "cache_key", "can_pass", "step_task"]
 
-RETRIES = 2
+_RETRIES = 2
 
 
 def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -23,23 +24,27 @@ def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
     Prefect cannot see that a stored file was deleted or damaged, so its record of such a step is dropped first.
     """
-    step, artifacts = parameters["step"], artifacts_of(parameters["inputs"])
-    key: str = step.key(artifacts)
-    workspace = current().workspace
-    if workspace.store.find(step.stage, key) is None:
-        current().forget(key)
+    step, runtime = parameters["step"], runtime_of(context.task_run)
+    key: str = step.key(artifacts_of(parameters["inputs"]))
+    if runtime.workspace.store.find(step.stage, key) is None:
+        runtime.forget(key)
     return key
 
 
-def artifacts_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def artifacts_of(inputs: Mapping[str, Any]) -> dict[str, Artifact]:
     """The artifacts of a task's inputs, which Prefect carries as JSON."""
-    from lors.store import Artifact
-
     return {name: Artifact.from_json(value) for name, value in inputs.items()}
 
 
 def can_pass(task: Any, task_run: Any, state: Any) -> bool:
-    """Whether trying again may help: a dead process and the unforeseen, not what the user has to change."""
+    """Whether trying again may help: a dead process and the unforeseen, not what the user has to change.
+
+    Nor where the run itself is ending (Ctrl-C), which is what killed the process.
+    """
+    try:
+        runtime_of(task_run)
+    except StepFailedError:
+        return False
     error = state.result(raise_on_failure=False)
     return isinstance(error, StepFailedError) or not isinstance(error, LorsError)
 
@@ -53,7 +58,7 @@ def step_task(tag: str, function: Any) -> Task[Any, Any]:
         cache_policy=CacheKeyFnPolicy(cache_key_fn=cache_key),
         persist_result=True,
         result_serializer="json",
-        retries=RETRIES,
+        retries=_RETRIES,
         retry_delay_seconds=exponential_backoff(backoff_factor=2),
         retry_jitter_factor=0.5,
         retry_condition_fn=can_pass,

@@ -1,4 +1,4 @@
-"""What the Prefect tasks of one process work with: the store, the child processes, where Prefect keeps its records."""
+"""What the Prefect tasks of one flow run work with: the store, the child processes, where Prefect keeps its records."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+from lors.errors import StepFailedError
 from lors.pipeline import Step, Workspace
 
-__all__ = ["LISTENERS", "Runtime", "current", "use"]
+__all__ = ["LISTENERS", "Runtime", "runtime_of", "use"]
 
 LISTENERS: list[Callable[[Step, Mapping[str, Any]], None]] = []
 """Called with every event of every step in this process: the command line's progress joins here."""
@@ -19,13 +21,15 @@ LISTENERS: list[Callable[[Step, Mapping[str, Any]], None]] = []
 
 @dataclass
 class Runtime:
-    """One run's surroundings; never a parameter of a task, since it is not data."""
+    """One flow run's surroundings; never a parameter of a task, since it is not data."""
 
     workspace: Workspace
     records: Path
     """Prefect's result storage, a file a cache key."""
-    computed: dict[str, float] = field(default_factory=dict)
-    """Seconds of the steps that this run computed, by name; every other was cached."""
+    computed: set[str] = field(default_factory=set)
+    """The steps that this run computed, by name; every other was cached."""
+    submitted: int = 0
+    """Task runs so far."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def tell(self, step: Step, event: Mapping[str, Any]) -> None:
@@ -38,20 +42,24 @@ class Runtime:
         (self.records / key).unlink(missing_ok=True)
 
 
-_current: list[Runtime] = []
+_runtimes: dict[UUID | None, Runtime] = {}
 
 
 @contextmanager
-def use(runtime: Runtime) -> Iterator[Runtime]:
-    """Make `runtime` the current one of this process; tasks run in threads, so it is not thread-local."""
-    _current.append(runtime)
+def use(flow_run: UUID | None, runtime: Runtime) -> Iterator[Runtime]:
+    """Give `runtime` to the tasks of a flow run; they run in threads, and other flow runs may be in this process."""
+    _runtimes[flow_run] = runtime
     try:
         yield runtime
     finally:
-        _current.remove(runtime)
+        del _runtimes[flow_run]
 
 
-def current() -> Runtime:
-    """The runtime in use."""
-    assert _current, "a flow sets the runtime up before it submits tasks"
-    return _current[-1]
+def runtime_of(task_run: Any) -> Runtime:
+    """The runtime of a task run's flow run. Raises StepFailedError where that is ending."""
+    try:
+        return _runtimes[task_run.flow_run_id]
+    except KeyError:
+        raise StepFailedError(
+            f"{task_run.name} was not done, because the run is ending; run the same command again."
+        ) from None

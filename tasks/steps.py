@@ -7,19 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefect import get_run_logger
+from prefect.context import TaskRunContext
+from prefect.tasks import Task
 
 from lors.pipeline import Step, run_step
 from tasks.policies import artifacts_of, step_task
-from tasks.runtime import current
+from tasks.runtime import runtime_of
 
-__all__ = ["TASKS"]
+__all__ = ["TASKS", "task_for"]
 
 # The Prefect UI's log gets a line of progress at most this often.
 _LOG_SECONDS = 15.0
 
 
 def _perform(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    runtime, logger = current(), get_run_logger()
+    context, logger = TaskRunContext.get(), get_run_logger()
+    assert context is not None, "a step is performed inside its Prefect task"
+    runtime = runtime_of(context.task_run)
     told = time.monotonic()
 
     def on_event(event: Mapping[str, Any]) -> None:
@@ -29,19 +33,18 @@ def _perform(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
             told = time.monotonic()
             logger.info("%s: %s", step.name, ", ".join(f"{name} {value}" for name, value in event.items()))
 
-    started = time.monotonic()
     artifact, hit = run_step(step, artifacts_of(inputs), runtime.workspace, on_event)
-    seconds = round(time.monotonic() - started, 3)
+    seconds = float(runtime.workspace.store.manifest(artifact)["seconds"])
     if not hit:
         with runtime.lock:
-            runtime.computed[step.name] = seconds
+            runtime.computed.add(step.name)
     runtime.tell(step, {"finished": True, "seconds": None if hit else seconds})
     logger.info("%s %s: %s", step.name, "was in the store" if hit else "computed", dict(artifact.summary))
     return artifact.to_json()
 
 
-def prepare_corpus(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """One language's validated splits."""
+def prepare_split(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """One validated split of a language."""
     return _perform(step, inputs)
 
 
@@ -93,7 +96,7 @@ def score_systems(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
 TASKS = {
     function.__name__: step_task(tag, function)
     for tag, function in (
-        ("data", prepare_corpus),
+        ("data", prepare_split),
         ("train", fine_tune),
         ("extract", extract_task_vector),
         ("prune", prune_task_vector),
@@ -106,3 +109,20 @@ TASKS = {
     )
 }
 """The Prefect task of each stage."""
+
+
+def task_for(stage: str, cached: bool) -> Task[Any, Any]:
+    """The task of a stage, for a step that the store is known to have or not.
+
+    A cached step does no work, so it has no tag to wait for a concurrency slot of; asking costs seconds on SQLite.
+    """
+    return _CACHED[stage] if cached else TASKS[stage]
+
+
+def _untagged(made: Task[Any, Any]) -> Task[Any, Any]:
+    copy = made.with_options()
+    copy.tags = set()
+    return copy
+
+
+_CACHED = {stage: _untagged(made) for stage, made in TASKS.items()}

@@ -151,17 +151,22 @@ def summarise(
     "chrf"}}, "recovery_left_out": ["de transcribe"]}`.
 
     recovery and ratio_to_expert average the languages and tasks by their `main_metric`; recovery leaves out, for every
-    system, those where base and expert do not differ beyond their interval. "wer" leaves out UNSPACED languages. A
+    system, those where the expert is not better than the base beyond the interval. "wer" leaves out UNSPACED languages. A
     system that lacks a part of a mean has None there, as all have without the system "base" or "experts".
     """
     split, values = _headline(results)
     pairs = _pairs(values)
     parts = {name: _parts(name, tables[name]) for name in (BASE, EXPERTS) if name in tables}
 
-    def told_apart(language: str, task: str) -> bool:
+    def improved(language: str, task: str) -> bool:
+        """Whether the expert is better than the base beyond the interval: else there is nothing to recover."""
+        metric = main_metric(task, language)
+        before, after = (values[name, language, task, metric] for name in (BASE, EXPERTS))
+        if (after < before) != (metric in LOWER_IS_BETTER):
+            return False
         base, experts = (parts[name][language, task, split] for name in (BASE, EXPERTS))
         return differs(
-            main_metric(task, language),
+            metric,
             _texts(base, "reference"),
             _texts(base, "hypothesis"),
             _texts(experts, "hypothesis"),
@@ -176,7 +181,7 @@ def summarise(
         return values.get((system, language, task, metric or main_metric(task, language)))
 
     comparable = [pair for pair in pairs if all((*pair, split) in parts.get(name, {}) for name in (BASE, EXPERTS))]
-    defined = [pair for pair in comparable if told_apart(*pair)]
+    defined = [pair for pair in comparable if improved(*pair)]
 
     def relative(system: str) -> dict[str, float | None]:
         recoveries: list[float | None] = []
@@ -250,7 +255,7 @@ def _notes(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
         notes.append("The systems were not all given the same window, so their scores do not compare strictly.")
     if summary["recovery_left_out"]:
         notes.append(
-            "Recovery leaves out where base and expert do not differ beyond their 95 % interval: "
+            "Recovery leaves out where the expert is not better than the base beyond the 95 % interval: "
             f"{', '.join(summary['recovery_left_out'])}."
         )
     shown = {main_metric(task, language) for language, task in _pairs(values)}

@@ -32,7 +32,9 @@ def log_mel(audios: Sequence[np.ndarray], n_mels: int) -> list[Tensor]:
     """Whisper's log-mel spectrogram of each utterance, without the 30 s of padding.
 
     `audios` are (samples,) float32 at 16 kHz. Each result is (n_mels, F) float32 and ends in one frame of silence,
-    which `pad_mels` repeats: the padded tensor equals what `WhisperFeatureExtractor` gives for the padded audio.
+    which `pad_mels` repeats: the padded tensor equals what `WhisperFeatureExtractor` gives for the same audio. Only
+    where the audio reaches into the window's last 41 samples does the last frame differ: the extractor mirrors the
+    audio there, and this hears silence.
     """
     if not audios:
         return []
@@ -75,7 +77,7 @@ class MelCache:
         for key, mel in fresh.items():
             if self._left >= mel.nbytes:
                 self._left -= mel.nbytes
-                self._mels[key] = mel.clone()
+                self._mels[key] = mel
         return pad_mels([fresh[u.id] if u.id in fresh else self._mels[u.id] for u in items], frames)
 
 
@@ -108,7 +110,8 @@ def windowed(model: Any, seconds: float) -> Iterator[int]:
     used = min(full, round(seconds * FRAMES_PER_SECOND / 2))
     try:
         if used < full:
-            encoder.embed_positions = torch.nn.Embedding.from_pretrained(positions.weight[:used], freeze=True)
+            rows = positions.weight[:used].detach()
+            encoder.embed_positions = torch.nn.Embedding(used, rows.shape[1], _weight=rows, _freeze=True)
             model.config.max_source_positions = encoder.max_source_positions = used
         yield used * 2
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import fnmatch
 import json
@@ -15,14 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lors.errors import TrainingError
+from lors.errors import ConfigError, TrainingError
 from lors.speech.corpus import Utterance
-from lors.speech.features import MelCache, native_window, window_for, windowed
+from lors.speech.features import FRAMES_PER_SECOND, MelCache, native_window, window_for, windowed
+from lors.speech.transcribe import require_language
 
 __all__ = ["LOG", "Example", "TrainingSettings", "examples_for", "fine_tune", "learning_rate_for", "validation_loss"]
 
@@ -75,8 +78,10 @@ def examples_for(
     """Examples of one (language, task): `<|language|><|task|><|notimestamps|> text <|endoftext|>`.
 
     `language` is the spoken one for both tasks. Utterances without a target (no translation) or with more than `limit`
-    tokens are left out. A leading space is kept before the text, as in Whisper's own training.
+    tokens are left out. A leading space is kept before the text, as in Whisper's own training. Raises InputError where
+    the tokenizer lacks the language.
     """
+    require_language(tokenizer, language)
     prefix = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in (language, task, "notimestamps")]
     out = []
     for utterance in utterances:
@@ -144,19 +149,24 @@ def _loss(model: Any, batch: Sequence[Example], mels: MelCache, window: Callable
         return loss
 
 
-def _windows(model: Any, setting: float | str) -> Callable[[float], float]:
+def _windows(model: Any, setting: float | str, examples: Sequence[Example]) -> Callable[[float], float]:
     native = native_window(model.config)
+    longest = max((e.utterance for e in examples), key=lambda utterance: utterance.seconds)
+    window = window_for(longest.seconds, native, setting)
+    if longest.seconds > window + 1 / FRAMES_PER_SECOND:
+        raise ConfigError(
+            f"utterance {longest.id} lasts {longest.seconds:.1f} s, more than the window of {window:g} s: widen the "
+            f"window (the base takes {native:g} s at most) or lower corpora.max_seconds"
+        )
     return lambda seconds: window_for(seconds, native, setting)
 
 
 @torch.no_grad()
-def validation_loss(
-    model: Any, examples: Sequence[Example], *, batch_seconds: float, window: float | str, mels: MelCache | None = None
-) -> float:
+def validation_loss(model: Any, examples: Sequence[Example], *, batch_seconds: float, window: float | str) -> float:
     """Mean cross-entropy a target token over all `examples` (not the mean of batches)."""
     model.eval()
-    policy = _windows(model, window)
-    mels = mels or MelCache(model.config.num_mel_bins, max_bytes=0)
+    policy = _windows(model, window, examples)
+    mels = MelCache(model.config.num_mel_bins, max_bytes=0)
     total, tokens = 0.0, 0
     for indices in _batches(examples, batch_seconds, policy, "validation"):
         batch = [examples[i] for i in indices]
@@ -167,8 +177,20 @@ def validation_loss(
 
 
 def _precision(setting: str, device: torch.device) -> torch.dtype:
+    cuda = device.type == "cuda"
     if setting == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if setting == "bf16":
+        able = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if cuda
+            else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+        if not able:  # measured without AVX512-BF16 or AMX: 17 to 34 times slower than fp32
+            raise ConfigError(
+                f"finetune.precision: this {'GPU' if cuda else 'CPU'} only emulates bf16, many times slower than fp32: "
+                "set auto or fp32"
+            )
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[setting]
 
 
@@ -187,22 +209,16 @@ class _Checkpoint:
         tensors: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
             tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
+            for kind, value in optimizer.state[parameter].items():  # its own step count, exp_avg and exp_avg_sq
+                tensors[f"{kind}/{name}"] = value.cpu().contiguous()
         temporary = self.path.with_suffix(".partial")
         try:
             save_file(tensors, temporary, metadata={"step": str(step)})
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(self.path)
-        except Exception as error:
+        finally:
             temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno != errno.ENOSPC and "space" not in str(error):
-                raise
-            raise TrainingError(
-                f"the checkpoint of step {step} could not be written to {self.path.parent} ({error}): free some space and "
-                "run the same command again, it goes on from the last checkpoint"
-            ) from error
         self._last, self._cost = time.monotonic(), time.monotonic() - start
 
     def load(self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
@@ -210,24 +226,48 @@ class _Checkpoint:
         if not self.path.is_file():
             return 0
         with safe_open(self.path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-            for name, parameter in parameters.items():
-                parameter.data.copy_(file.get_tensor(f"weight/{name}"))
-                state: dict[str, Any] = optimizer.state[parameter]
-                # A fused optimizer wants its step on the parameter's device.
-                state["step"] = torch.tensor(float(step), device=parameter.device)
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    state[moment] = file.get_tensor(f"{moment}/{name}").to(parameter.device)
-        return step
+            for key in file.keys():  # noqa: SIM118 - it is no mapping
+                kind, _, name = key.partition("/")
+                parameter = parameters[name]
+                if kind == "weight":
+                    parameter.data.copy_(file.get_tensor(key))
+                else:  # a fused optimizer wants its step on the parameter's device too
+                    optimizer.state[parameter][kind] = file.get_tensor(key).to(parameter.device)
+            return int(file.metadata()["step"])
+
+
+@contextlib.contextmanager
+def _disk_errors(work: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TrainingError(
+            f"the training's checkpoint and log could not be written to {work} ({error}): free some space and run the "
+            "same command again, it goes on from the last checkpoint"
+        ) from error
+
+
+def _shorten(log: Path, steps: int) -> None:
+    """Drop the lines of the steps that a resumed run does again, with the half line that a full disk may leave."""
+    if log.exists():
+        lines = log.read_bytes().splitlines(keepends=True)
+        os.truncate(log, sum(map(len, lines[:steps])))
 
 
 def _trainable(model: Any, freeze: Sequence[str]) -> dict[str, torch.nn.Parameter]:
-    for name, parameter in model.named_parameters():
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in freeze):
-            parameter.requires_grad_(False)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = dict(model.named_parameters())
+    for pattern in freeze:
+        frozen = fnmatch.filter(named, pattern)
+        if not frozen:
+            close = difflib.get_close_matches(pattern, named, n=1, cutoff=0)
+            raise ConfigError(f"finetune.freeze: {pattern!r} fits no parameter of the base, such as {close[0]!r}")
+        for name in frozen:
+            named[name].requires_grad_(False)
+    parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     if not parameters:
-        raise TrainingError(f"finetune.freeze {list(freeze)} leaves nothing to train: freeze fewer parameters")
+        raise ConfigError(f"finetune.freeze {list(freeze)} leaves nothing to train: freeze fewer parameters")
     return parameters
 
 
@@ -244,9 +284,13 @@ def fine_tune(
     AdamW (beta 0.9, 0.98), linear warm-up and linear decay to 0, gradient norm clipped. Killed at any moment, the next
     call with the same `work` folder goes on from the last checkpoint there, and on a CPU with the same number of
     threads ends in the same weights, bit for bit: order and random numbers depend on the seed and the step alone.
-    Raises TrainingError where the loss is not finite or the disk is full.
+    `work` / `LOG` gets a line a step (loss, learning rate), the same for the same training; `report` gets the speed
+    too.
+
+    Raises:
+        TrainingError: the loss is not finite, or the disk is full; the last checkpoint is kept.
+        ConfigError: `settings` do not fit this model, its examples or its device.
     """
-    work.mkdir(parents=True, exist_ok=True)
     device = model.device
     dtype = _precision(settings.precision, device)
     parameters = _trainable(model, settings.freeze)
@@ -255,13 +299,17 @@ def fine_tune(
         parameters.values(), lr=peak, betas=(0.9, 0.98), eps=1e-6, weight_decay=settings.weight_decay, fused=True
     )
     warmup = max(1, round(settings.warmup * settings.steps))
-    policy = _windows(model, settings.window)
+    policy = _windows(model, settings.window, train)
     mels = MelCache(model.config.num_mel_bins)
+    work.mkdir(parents=True, exist_ok=True)
     checkpoint = _Checkpoint(work)
     first = checkpoint.load(parameters, optimizer)
     started = time.monotonic()
     samples = 0
-    with (work / LOG).open("a") as log, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disk_errors(work))
+        _shorten(work / LOG, first)
+        log = stack.enter_context((work / LOG).open("a"))
         if dtype != torch.float32:
             stack.enter_context(torch.autocast(device.type, dtype))
         for step, indices in enumerate(_schedule(train, settings, policy)):
@@ -270,7 +318,9 @@ def fine_tune(
             if step < first:
                 continue
             model.train()
-            torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, where a base has any
+            # Dropout and layer drop, and SpecAugment (numpy), where a base has any.
+            torch.manual_seed((settings.seed * 1_000_003 + step) % 2**63)
+            np.random.seed((settings.seed * 1_000_003 + step) % 2**32)
             rate = peak * min((step + 1) / warmup, (settings.steps - step) / max(1, settings.steps - warmup))
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -292,15 +342,11 @@ def fine_tune(
                 )
             optimizer.step()
             samples += len(batch)
-            entry = {
-                "step": step + 1,
-                "loss": round(value, 5),
-                "learning_rate": rate,
-                "samples_per_second": round(samples / (time.monotonic() - started), 2),
-            }
+            entry = {"step": step + 1, "loss": round(value, 5), "learning_rate": rate}
             log.write(json.dumps(entry) + "\n")
             log.flush()
-            report({"done": step + 1, "total": settings.steps, "unit": "steps", **entry})
+            speed = round(samples / (time.monotonic() - started), 2)
+            report({"done": step + 1, "total": settings.steps, "unit": "steps", **entry, "samples_per_second": speed})
             if checkpoint.due() and step + 1 < settings.steps:
                 checkpoint.save(step + 1, parameters, optimizer)
     seconds = time.monotonic() - started
@@ -310,8 +356,6 @@ def fine_tune(
         "samples_per_second": round(samples / max(seconds, 1e-9), 2),
     }
     if validation:
-        loss_after = validation_loss(
-            model, validation, batch_seconds=settings.batch_seconds, window=settings.window, mels=mels
-        )
+        loss_after = validation_loss(model, validation, batch_seconds=settings.batch_seconds, window=settings.window)
         result["validation_loss"] = round(loss_after, 5)
     return result

@@ -25,10 +25,10 @@ import numpy as np
 from lors.speech.corpora import synthetic
 from lors.speech.corpus import Candidate, read_split, write_split
 
-__all__ = ["TRAINING", "build_config", "build_tokenizer", "main", "weights_digest"]
+__all__ = ["TRAINING", "build_config", "build_tokenizer", "main", "prepare", "weights_digest"]
 
 WINDOW_SECONDS = 4
-UTTERANCES = {"train": 1200, "validation": 40, "test": 60}  # of each language
+UTTERANCES = {"train": 2000, "validation": 40, "test": 60}  # of each language
 VOCABULARY = 900  # byte-level BPE, before the special tokens
 SEED = 0
 # The share of training utterances that get silence up to the native window, so that one window serves any length.
@@ -39,7 +39,7 @@ PADDED_SHARE = 0.2
 class Training:
     """The recipe's settings for `lors.speech.finetune.fine_tune`."""
 
-    steps: int = 2600
+    steps: int = 3600
     learning_rate: float | None = 1.5e-3
     batch_seconds: float = 80.0
     window: float | str = "auto"
@@ -140,22 +140,26 @@ def _padded(candidate: Candidate) -> Candidate:
     return dataclasses.replace(candidate, load=load)
 
 
-def _prepare(language: str, split: str, folder: Path) -> Path:
-    path = folder / language / f"{split}.parquet"
-    if not path.exists():
-        rows: Iterator[Candidate] = synthetic.candidates(language, split, UTTERANCES[split], SEED)
-        if split == "train":
-            rows = map(_padded, rows)
-        write_split(rows, path, language=language, max_seconds=WINDOW_SECONDS, max_rejected=0.2)
-    return path
+def _prepare(language: str, folder: Path) -> None:
+    for split, count in UTTERANCES.items():
+        path = folder / language / f"{split}.parquet"
+        if not path.exists():
+            # Each language is trained on sentences of its own: with the same ones in all, ten languages repeat every
+            # English translation, and the decoder learns them by heart instead of listening.
+            seed = SEED + 100 + synthetic.LANGUAGES.index(language) if split == "train" else SEED
+            rows: Iterator[Candidate] = synthetic.candidates(language, split, count, seed)
+            if split == "train":
+                rows = map(_padded, rows)
+            write_split(rows, path, language=language, max_seconds=WINDOW_SECONDS, max_rejected=0.2)
 
 
 def prepare(work: Path) -> dict[tuple[str, str], Path]:
     """The corpora of all languages; the finished ones of an earlier run are kept."""
-    jobs = [(language, split) for language in synthetic.LANGUAGES for split in UTTERANCES]
+    folder = work / "corpora"
+    # A process a language: its splits share one rejects file.
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        paths = pool.map(functools.partial(_prepare, folder=work / "corpora"), *zip(*jobs, strict=True))
-        return dict(zip(jobs, paths, strict=True))
+        list(pool.map(functools.partial(_prepare, folder=folder), synthetic.LANGUAGES))
+    return {(code, split): folder / code / f"{split}.parquet" for code in synthetic.LANGUAGES for split in UTTERANCES}
 
 
 def weights_digest(folder: Path) -> str:

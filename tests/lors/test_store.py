@@ -137,6 +137,17 @@ def test_a_step_is_made_once_and_found(store: Store) -> None:
     assert manifest["created"].endswith("+00:00")
 
 
+def test_the_stores_other_users_can_read_what_a_private_file_held(store: Store) -> None:
+    with store.produce("prune", KEY, **STEP) as production:
+        weights = production.out / "model.safetensors"
+        weights.write_bytes(b"x")
+        weights.chmod(0o600)  # as safetensors leaves it
+        artifact = production.publish({}, 0.0)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (store.path(artifact) / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_an_artifact_crosses_json(store: Store) -> None:
     made = make(store)
     assert Artifact.from_json(json.loads(json.dumps(made.to_json()))) == made

@@ -22,6 +22,7 @@ VOICES = (
 ).split()
 
 _AUDIO_OUTPUT_SYNCHRONOUS, _CHARS_UTF8, _RATE, _PITCH = 2, 1, 1, 3
+_DONT_EXIT = 0x8000  # without its data, eSpeak would else end the whole process
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
@@ -33,6 +34,8 @@ def speak(text: str, language: str, voice: str, words_per_minute: int, pitch: in
 
     `voice` is one of `VOICES`, `pitch` is 0 to 99. An unknown language or voice raises InputError.
     """
+    if voice not in VOICES:  # eSpeak would take its default voice without a word
+        raise InputError(f"the synthetic corpus has no voice {voice!r}: choose from {', '.join(VOICES)}")
     try:
         import espeakng_loader
     except ImportError as error:
@@ -53,13 +56,13 @@ def speak(text: str, language: str, voice: str, words_per_minute: int, pitch: in
         try:
             # It wants the folder that holds `espeak-ng-data`, not that folder.
             parent = str(Path(espeakng_loader.get_data_path()).parent)
-            rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, parent.encode(), 0)
+            rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, parent.encode(), _DONT_EXIT)
             if rate <= 0:
                 raise InputError(f"eSpeak NG did not start from {parent}: reinstall the `espeakng-loader` package")
             callback = _CALLBACK(receive)
             library.espeak_SetSynthCallback(callback)
             if library.espeak_SetVoiceByName(f"{language}+{voice}".encode()) != 0:
-                raise InputError(f"eSpeak NG has no voice {language}+{voice}: choose another language for the corpus")
+                raise InputError(f"eSpeak NG does not speak {language!r}: choose another language for the corpus")
             library.espeak_SetParameter(_RATE, words_per_minute, 0)
             library.espeak_SetParameter(_PITCH, pitch, 0)
             data = text.encode()

@@ -7,6 +7,7 @@ belongs to one split, so test sentences and test voices are never trained on: in
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -46,22 +47,27 @@ def _hash(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big")
 
 
-@functools.cache
-def _locale(language: str) -> Any:
+@contextlib.contextmanager
+def _extra() -> Iterator[None]:
     try:
-        from babel import Locale
+        yield
     except ImportError as error:
         raise InputError(
-            "the synthetic corpus needs babel and num2words, which are not installed: "
-            "run `pip install 'lors[synthesis]'`"
+            f"the synthetic corpus needs {error.name}, which is not installed: run `pip install 'lors[synthesis]'`"
         ) from error
+
+
+@functools.cache
+def _locale(language: str) -> Any:
+    with _extra():
+        from babel import Locale
     return Locale(language)
 
 
 @functools.cache
 def _render_phrase(kind: str, value: Any, language: str) -> str:
-    from num2words import num2words
-
+    with _extra():
+        from num2words import num2words
     locale = _locale(language)
     if kind == "territory":
         return str(locale.territories[value])
@@ -79,9 +85,9 @@ def _render_phrase(kind: str, value: Any, language: str) -> str:
 
 def render(form: tuple[Phrase, ...], language: str) -> str:
     """The sentence of a form in a language, as CLDR writes it, its first letter upper case."""
-    from babel.lists import format_list
-
-    text = format_list([_render_phrase(*phrase, language) for phrase in form], locale=_locale(language))
+    with _extra():
+        from babel.lists import format_list
+    text = str(format_list([_render_phrase(*phrase, language) for phrase in form], locale=_locale(language)))
     return text[0].upper() + text[1:]
 
 
@@ -112,7 +118,7 @@ def _split_of(form: tuple[Phrase, ...]) -> str:
 
 @functools.cache
 def voices_of(split: str) -> tuple[str, ...]:
-    """The voices of a split: of 55, ten are heard in tests only and five in validation only."""
+    """The voices of a split: of 56, ten are heard in tests only and five in validation only."""
     ranked = sorted(VOICES, key=_hash)
     return tuple({"test": ranked[:10], "validation": ranked[10:15], "train": ranked[15:]}[split])
 
@@ -152,9 +158,5 @@ def candidates(language: str, split: str, count: int, seed: int) -> Iterator[Can
 
 def generator_versions() -> dict[str, str]:
     """Versions of what shapes the corpus: a new release of any may change sentences or samples."""
-    try:
+    with _extra():
         return {name: importlib.metadata.version(name) for name in ("babel", "num2words", "espeakng-loader")}
-    except importlib.metadata.PackageNotFoundError as error:
-        raise InputError(
-            f"the synthetic corpus needs {error.name}, which is not installed: run `pip install 'lors[synthesis]'`"
-        ) from error

@@ -1,0 +1,277 @@
+"""The experiment file: what is accepted, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lors.config import Limits, ManifestCorpora, ScalingSearch, SyntheticCorpora, load_experiment, parse_experiment
+from lors.errors import ConfigError
+
+DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
+MANIFEST = {"source": "manifest", "path": "data/{language}/{split}.jsonl"}
+
+
+def experiment(**changes: Any) -> dict[str, Any]:
+    data = {"base": "starter", "languages": ["es", "fr"], "corpora": {"source": "synthetic"}, "output": "out"}
+    return data | changes
+
+
+def refusal(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_experiment(experiment(**changes))
+    message = str(caught.value)
+    assert message.startswith("the experiment: ")
+    assert "\n" not in message
+    return message.removeprefix("the experiment: ")
+
+
+def write(folder: Path, data: Any) -> Path:
+    path = folder / "experiment.yaml"
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOYMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_experiments_load(path: Path) -> None:
+    if "deployments" in yaml.safe_load(path.read_text()):
+        pytest.skip("a Prefect deployment, not an experiment")
+    loaded = load_experiment(path)
+    assert len(loaded.experts) == len(loaded.languages) * len(loaded.tasks)
+
+
+def test_demo_is_shipped() -> None:
+    demo = load_experiment(DEPLOYMENTS / "demo.yaml")
+    assert demo.base == "starter"
+    assert demo.systems == ("lors", "task_arithmetic", "weight_average")
+    assert len(demo.experts) >= 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "nearest"),
+    [
+        ({"lanuages": ["es"]}, "lanuages", "languages"),
+        ({"finetune": {"learning_rat": 1}}, "finetune.learning_rat", "learning_rate"),
+        ({"prune": {"rank_ration": 0.1}}, "prune.rank_ration", "rank_ratio"),
+        ({"evaluate": {"beam": 2}}, "evaluate.beam", "beams"),
+        ({"resources": {"thread": 2}}, "resources.thread", "threads"),
+        ({"merge": {"methode": "lors"}}, "merge.methode", "method"),
+        ({"merge": {"scaling": {"serch": [0.1]}}}, "merge.scaling.serch", "search"),
+        ({"corpora": {"source": "synthetic", "utterance": {}}}, "corpora.utterance", "utterances"),
+        ({"corpora": {"source": "synthetic", "utterances": {"tran": 3}}}, "corpora.utterances.tran", "train"),
+        ({"corpora": {"source": "synthetic", "overrides": {"es": {"tset": 3}}}}, "corpora.overrides.es.tset", "test"),
+        ({"corpora": {**MANIFEST, "colums": {}}}, "corpora.colums", "columns"),
+        ({"corpora": {**MANIFEST, "limits": {"vaildation": 1}}}, "corpora.limits.vaildation", "validation"),
+        ({"corpora": {**MANIFEST, "overrides": {"es": {"pth": "x"}}}}, "corpora.overrides.es.pth", "path"),
+        (
+            {"corpora": {**MANIFEST, "overrides": {"es": {"limits": {"trian": 1}}}}},
+            "corpora.overrides.es.limits.trian",
+            "train",
+        ),
+    ],
+)
+def test_unknown_key_is_named_with_the_nearest(changes: dict[str, Any], key: str, nearest: str) -> None:
+    message = refusal(**changes)
+    assert message.startswith(f"unknown key {key!r}, did you mean {nearest!r}?")
+    assert nearest in message.partition("known here: ")[2]
+
+
+def test_unknown_key_goes_before_its_consequences() -> None:
+    data = experiment(lanuages=["es"])
+    del data["languages"]
+    with pytest.raises(ConfigError, match="unknown key 'lanuages', did you mean 'languages'"):
+        parse_experiment(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prune": {"rank_ratio": 0}}, "prune.rank_ratio should be greater than 0, not 0"),
+        ({"prune": {"density": 1.5}}, "prune.density should be less than or equal to 1, not 1.5"),
+        ({"evaluate": {"window": float("nan")}}, "evaluate.window should be 'auto' or a finite number, not nan"),
+        ({"finetune": {"learning_rate": float("inf")}}, "finetune.learning_rate should be a finite number, not inf"),
+        ({"prune": {"composition": "sparse", "refinements": 1}}, "prune: refinements need the composition additive"),
+        ({"languages": ["es", "fr", "es"]}, "languages: es is listed twice"),
+        ({"compare": ["lors", "lors"]}, "compare: lors is listed twice"),
+        ({"languages": []}, "languages is empty: list at least one value"),
+        ({"languages": ["Spanish"]}, "languages.0 should be a language code of two or three small letters"),
+        ({"languages": [False]}, "languages.0 should be a valid string, not False (YAML reads a bare no, off, yes"),
+        ({"tasks": "transcribe"}, "tasks should be a list, not 'transcribe'"),
+        ({"tasks": ["transcribe", "sing"]}, "tasks.1 should be 'transcribe' or 'translate', not 'sing'"),
+        ({"finetune": 5}, "finetune should be a mapping, not 5"),
+        ({"finetune": {"window": -1}}, "finetune.window should be 'auto' or greater than 0, not -1"),
+        ({"merge": {"scaling": -1}}, "merge.scaling should be greater than or equal to 0 or a mapping, not -1"),
+        ({"merge": {"scaling": {"search": [-1]}}}, "merge.scaling.search.0 should be greater than or equal to 0"),
+        ({"merge": {"scaling": {"search": []}}}, "merge.scaling.search is empty"),
+        ({"merge": {"method": "lor"}}, "merge.method: 'lor' is not a merging method, did you mean 'lors'?"),
+        ({"compare": ["task_arithmetics"]}, "compare: 'task_arithmetics' is not a merging method, did you mean 'task_"),
+        (
+            {"merge": {"weights": {"es-transcrib": 1}}},
+            "merge.weights names 'es-transcrib', which is no expert, did ",
+        ),
+        ({"merge": {"weights": {"de": 1}}}, "merge.weights names 'de', which is no expert"),
+        ({"corpora": {}}, "corpora.source is missing: say manifest or synthetic"),
+        ({"corpora": {"source": "cloud"}}, "corpora.source must be manifest or synthetic, not 'cloud'"),
+        ({"corpora": None}, "corpora should be a mapping, not None"),
+        ({"corpora": {"source": "manifest"}}, "'corpora.path' is missing: add it"),
+        (
+            {"corpora": {**MANIFEST, "columns": {"txt": "a"}}},
+            "corpora.columns: 'txt' is no column of ours, did you ",
+        ),
+        (
+            {"corpora": {**MANIFEST, "overrides": {"es": {"columns": {"txt": "a"}}}}},
+            "corpora.overrides.es.columns: 'txt' is no column of ours, did you mean 'text'",
+        ),
+        ({"corpora": {**MANIFEST, "overrides": {"de": {}}}}, "corpora.overrides names 'de', which is not among the"),
+        ({"corpora": {**MANIFEST, "path": "{language}.csv"}}, "corpora.path '{language}.csv' of es has no {split}"),
+        ({"corpora": {**MANIFEST, "path": "{split}.csv"}}, "corpora.path gives fr the files of es"),
+        ({"corpora": {**MANIFEST, "path": "{lang}/{split}.csv"}}, "corpora.path '{lang}/{split}.csv' may have"),
+        ({"corpora": {**MANIFEST, "path": "{language/{split}"}}, "corpora.path '{language/{split}' may have"),
+        (
+            {"corpora": {**MANIFEST, "max_seconds": 31}},
+            "corpora.max_seconds should be less than or equal to 30, not",
+        ),
+    ],
+)
+def test_wrong_setting_is_named_with_its_cause(changes: dict[str, Any], message: str) -> None:
+    assert refusal(**changes).startswith(message)
+
+
+def test_missing_setting() -> None:
+    data = experiment()
+    del data["output"]
+    with pytest.raises(ConfigError, match=r"^the experiment: 'output' is missing: add it$"):
+        parse_experiment(data)
+
+
+def test_values_as_yaml_writes_them() -> None:
+    """PyYAML reads 5e-4, without a point, as a string."""
+    data = yaml.safe_load("finetune: {learning_rate: 5e-4}\nmerge: {scaling: 0.3}\n")
+    loaded = parse_experiment(experiment(**data))
+    assert loaded.finetune.learning_rate == 5e-4
+    assert loaded.merge.scaling == 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "value"),
+    [
+        ("prune.rank_ratio=0.25", "prune.rank_ratio", 0.25),
+        ("languages=[de, it]", "languages", ("de", "it")),
+        ("finetune.freeze=['model.encoder.*']", "finetune.freeze", ("model.encoder.*",)),
+        ("finetune.steps = 7", "finetune.steps", 7),
+        ("merge.scaling=0.4", "merge.scaling", 0.4),
+        ("merge.scaling.search=[0.1, 1]", "merge.scaling.search", (0.1, 1.0)),
+        ("corpora.overrides.es.train=9", "corpora.overrides.es", Limits(train=9)),
+        ("finetune.learning_rate=", "finetune.learning_rate", None),
+        ("output=a=b", "output", Path("a=b")),
+    ],
+)
+def test_set(tmp_path: Path, change: str, path: str, value: Any) -> None:
+    found: Any = load_experiment(write(tmp_path, experiment(merge={"scaling": 0.1})), [change])
+    for part in path.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == value
+
+
+def test_later_changes_win_and_build_on_earlier_ones(tmp_path: Path) -> None:
+    changes = ["finetune.steps=1", "merge.scaling.metric=loss", "merge.scaling.search=[1]", "finetune.steps=2"]
+    loaded = load_experiment(write(tmp_path, experiment()), changes)
+    assert loaded.finetune.steps == 2
+    assert loaded.merge.scaling == ScalingSearch(search=(1.0,), metric="loss")
+
+
+@pytest.mark.parametrize("change", ["prune.rank_ratio", "=1", "prune.rank_ratio=[1", "prune.rank_ratio=zero", "x.y=1"])
+def test_bad_set(tmp_path: Path, change: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(write(tmp_path, experiment()), [change])
+    assert (change.partition("=")[0].removesuffix(".y") or change) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- base\n- starter\n", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("base: [starter\n", "is not valid YAML"),
+        ("base: !!python/object:os.system x\n", "is not valid YAML"),
+        ("base: \x00\n", "is not valid YAML"),
+    ],
+)
+def test_files_that_hold_no_experiment(tmp_path: Path, text: str, words: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_experiment(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
+        load_experiment(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"cannot be read: .*directory"):
+        load_experiment(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("base: é".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"cannot be read: .*utf-8"):
+        load_experiment(tmp_path / "latin.yaml")
+
+
+def test_frozen() -> None:
+    loaded = parse_experiment(experiment())
+    for section, name in ((loaded, "base"), (loaded.finetune, "steps"), (loaded.corpora, "seed")):
+        with pytest.raises(pydantic.ValidationError, match="frozen"):
+            setattr(section, name, getattr(section, name))
+
+
+@given(
+    seed=st.integers(0, 2**40),
+    rate=st.none() | st.floats(1e-7, 1),
+    scaling=st.floats(0, 3) | st.builds(lambda s: {"search": s}, st.lists(st.floats(0, 3), min_size=1)),
+    corpora=st.sampled_from(
+        [
+            {"source": "synthetic", "overrides": {"fr": {"train": 3}}},
+            {**MANIFEST, "columns": {"text": "a"}, "overrides": {"fr": {"path": "fr-{split}.csv"}}},
+        ]
+    ),
+)
+def test_round_trip_through_json(seed: int, rate: float | None, scaling: Any, corpora: dict[str, Any]) -> None:
+    """Prefect hands an experiment to other processes this way."""
+    changes = {"finetune": {"seed": seed, "learning_rate": rate}, "merge": {"scaling": scaling}, "corpora": corpora}
+    loaded = parse_experiment(experiment(**changes))
+    again = parse_experiment(json.loads(json.dumps(loaded.model_dump(mode="json"))))
+    assert again == loaded
+    assert again.corpora.of("fr") == loaded.corpora.of("fr") != loaded.corpora.of("es")
+
+
+def test_overrides_leave_the_rest_as_for_all() -> None:
+    corpora = {**MANIFEST, "columns": {"text": "sentence", "audio": "file"}, "limits": {"train": 100, "test": 7}}
+    corpora["overrides"] = {"es": {"columns": {"text": "frase"}, "limits": {"train": 5}}}
+    loaded = parse_experiment(experiment(corpora=corpora)).corpora
+    assert isinstance(loaded, ManifestCorpora)
+    assert loaded.of("es").columns == {"text": "frase", "audio": "file"}
+    assert loaded.of("es").limits == Limits(train=5, test=7)
+    assert loaded.of("es").path == MANIFEST["path"]
+    assert loaded.of("fr") == loaded
+
+    synthetic = parse_experiment(
+        experiment(corpora={"source": "synthetic", "utterances": {"test": 7}, "overrides": {"es": {"train": 5}}})
+    ).corpora
+    assert isinstance(synthetic, SyntheticCorpora)
+    counts = synthetic.of("es").utterances
+    assert (counts.train, counts.validation, counts.test) == (5, synthetic.utterances.validation, 7)
+
+
+def test_weights_by_expert_go_before_those_by_language() -> None:
+    loaded = parse_experiment(experiment(merge={"weights": {"es": 0.5, "es-translate": 2}}))
+    assert {expert.id: loaded.weight(expert) for expert in loaded.experts} == {
+        "es-transcribe": 0.5,
+        "es-translate": 2.0,
+        "fr-transcribe": 1.0,
+        "fr-translate": 1.0,
+    }
