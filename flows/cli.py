@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -135,7 +136,7 @@ def _run(options: argparse.Namespace) -> int:
     store = Store(experiment.store)
     planned = plan(build_steps(experiment, store), store)
 
-    from flows.prefect_environment import prepare
+    from flows.prefect_environment import connect, prepare
 
     prepare(store.root)
     from flows.pipeline import full_pipeline
@@ -143,6 +144,9 @@ def _run(options: argparse.Namespace) -> int:
     from tasks.runtime import LISTENERS
 
     with RunProgress(len(planned), sum(p.cached for p in planned)) as progress:
+        started = time.monotonic()
+        connect()
+        progress.say(f"Prefect's API is there after {time.monotonic() - started:.1f} s")
         LISTENERS.append(progress)
         try:
             result = full_pipeline(experiment)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
-__all__ = ["prepare", "settle"]
+from lors.errors import LorsError
+
+__all__ = ["connect", "prepare", "settle"]
 
 
 def prepare(store: Path) -> None:
@@ -29,9 +35,49 @@ def prepare(store: Path) -> None:
         settings["PREFECT_LOGGING_SERVER_LEVEL"] = "CRITICAL"
         # A transaction an event, the default, is slow on SQLite and makes other requests fail and wait for 2 s.
         settings["PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE"] = "500"
-        settings["PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL"] = "0.5"
+        # Whole seconds: Prefect cuts a fraction to 0 and then spins, on half a core.
+        settings["PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def connect() -> None:
+    """Reach the API that PREFECT_API_URL names, or start one of the run's own. Raises LorsError.
+
+    That one ends with this process, by whatever signal: Prefect would leave it running for ever after a kill.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    try:
+        if url:
+            with get_client(sync_client=True) as client:
+                client.hello()
+            return
+        from prefect.server.api.server import SubprocessASGIServer
+
+        server = SubprocessASGIServer()  # the one that every client of this process then takes
+        threading.Thread(target=_guard, args=(server,), daemon=True).start()
+        server.start()
+    except Exception as error:  # of the HTTP client, or Prefect's RuntimeError
+        if url:
+            what, advice = f"the Prefect API {url} does not answer", "start it, or unset PREFECT_API_URL to do without"
+        else:
+            what, advice = (
+                "the run's own Prefect API did not start",
+                "look with `lors doctor`, or set PREFECT_API_URL",
+            )
+        raise LorsError(f"{what} ({error}): {advice}") from error
+
+
+def _guard(server: Any) -> None:
+    """Have the server killed when this process is gone, from its first moment: its start takes seconds."""
+    while server.server_process is None:
+        time.sleep(0.02)
+    watch = ["sh", "-c", 'cat >/dev/null; kill -9 "$0"', str(server.server_process.pid)]
+    watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    atexit.register(watcher.kill)
 
 
 def settle(

@@ -29,7 +29,7 @@ class RunProgress:
         self._told: dict[str, float] = {}
         self._bars: dict[str, TaskID] = {}
         self._progress: Progress | None = None
-        self._line(f"{steps} steps, {cached} of them cached")
+        self.say(f"{steps} steps, {cached} of them cached")
 
     def __enter__(self) -> RunProgress:
         if self._console.is_terminal:
@@ -49,7 +49,7 @@ class RunProgress:
             if "finished" in event:
                 self._finish(step, event["seconds"])
             elif "message" in event:
-                self._line(f"{step.name}: {event['message']}")
+                self.say(f"{step.name}: {event['message']}")
             else:
                 self._advance(step, event)
 
@@ -60,7 +60,7 @@ class RunProgress:
             if step.name in self._bars:
                 self._progress.remove_task(self._bars.pop(step.name))
         if seconds is not None:
-            self._line(f"[{self._finished}/{self._steps}] {step.name}: done in {seconds:.1f} s")
+            self.say(f"[{self._finished}/{self._steps}] {step.name}: done in {seconds:.1f} s")
 
     def _advance(self, step: Step, event: Mapping[str, Any]) -> None:
         note = ", ".join(_shown(name, value) for name, value in event.items() if name not in _COUNTERS)
@@ -71,9 +71,10 @@ class RunProgress:
         elif time.monotonic() - self._told.setdefault(step.name, time.monotonic()) >= _LINE_SECONDS:
             self._told[step.name] = time.monotonic()
             total = "" if event["total"] is None else f"/{event['total']}"
-            self._line(f"{step.name}: {event['done']}{total} {event['unit']}" + (f", {note}" if note else ""))
+            self.say(f"{step.name}: {event['done']}{total} {event['unit']}" + (f", {note}" if note else ""))
 
-    def _line(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line, above the bars."""
         stamp = time.strftime("%H:%M:%S")
         if self._progress is not None:
             self._progress.console.print(f"{stamp} {text}", markup=False, highlight=False)

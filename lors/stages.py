@@ -153,10 +153,7 @@ def score_scaling(
     """One point of the search: the error of base + scaling * combined on the validation splits."""
     from lors.speech.corpus import read_split
 
-    model, processor = _load(places["base"], threads)
-    merged = _merged(places["base"], inputs["combined"], settings["scaling"])
-    odd = model.load_state_dict({name: tensor.float() for name, tensor in merged}, strict=False).unexpected_keys
-    assert not odd, f"the search would score a model without its merged {odd[0]}"
+    model, processor = _load_merged(places["base"], inputs["combined"], settings["scaling"], threads)
     measure = _validation_loss if settings["metric"] == "loss" else _validation_error
     errors: dict[str, float] = {}
     for number, language in enumerate(settings["languages"]):
@@ -303,6 +300,15 @@ def _load(folder: str, threads: int) -> tuple[Any, Any]:
 
     _use(threads)
     return load_model(Path(folder), device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load_merged(base: str, combined: str, scaling: float, threads: int) -> tuple[Any, Any]:
+    """What `_load` gives of the folder that `write_model` makes, without writing it."""
+    model, processor = _load(base, threads)
+    merged = {name: tensor.float() for name, tensor in _merged(base, combined, scaling)}
+    odd = model.load_state_dict(merged, strict=False).unexpected_keys
+    assert not odd, f"the search would score a model without its merged {odd[0]}"
+    return model, processor
 
 
 def _merged(base: str, combined: str, scaling: float) -> Iterator[tuple[str, Any]]:

@@ -36,7 +36,7 @@ LOG = "train.jsonl"
 # Utterances of this many batches are sorted by length together: little padding, and batches still differ by epoch.
 _SORTED_BATCHES = 32
 # A checkpoint costs time: at most one a minute, and never more than 5 % of the time spent training.
-_CHECKPOINT_SECONDS, _CHECKPOINT_SHARE = 60.0, 0.05
+_CHECKPOINT_SECONDS, _CHECKPOINT_SHARE = float(os.environ.get("LORS_CHECKPOINT_SECONDS", "60")), 0.05
 
 
 class TrainingSettings(Protocol):

@@ -14,11 +14,12 @@ from lors.errors import InputError
 __all__ = ["VOICES", "speak"]
 
 # The natural-sounding among eSpeak NG's variants: no robots, no whispers, no jokes. Left out besides: f2, f3, f5,
-# Alicia, caleb and sandro, whose samples change from process to process (they read memory that nothing wrote).
+# Alicia, caleb, sandro and victor, all that set `breath`: their samples change from process to process (eSpeak then
+# reads memory that nothing wrote).
 VOICES = (
     "m1 m2 m3 m4 m5 m6 m7 m8 f1 f4 Alex Andrea Andy Annie Denis Diogo Gene Henrique Hugo Jacky Lee Marco Mario "
     "Michael Mike adam anika antonio aunty belinda benjamin boris david ed edward gustave ian iven john linda marcelo "
-    "max michel miguel norbert pablo paul pedro quincy rob robert shelby steph travis victor zac"
+    "max michel miguel norbert pablo paul pedro quincy rob robert shelby steph travis zac"
 ).split()
 
 _AUDIO_OUTPUT_SYNCHRONOUS, _CHARS_UTF8, _RATE, _PITCH = 2, 1, 1, 3

@@ -118,7 +118,7 @@ def _split_of(form: tuple[Phrase, ...]) -> str:
 
 @functools.cache
 def voices_of(split: str) -> tuple[str, ...]:
-    """The voices of a split: of 56, ten are heard in tests only and five in validation only."""
+    """The voices of a split: of 55, ten are heard in tests only and five in validation only."""
     ranked = sorted(VOICES, key=_hash)
     return tuple({"test": ranked[:10], "validation": ranked[10:15], "train": ranked[15:]}[split])
 

@@ -1,0 +1,143 @@
+"""Whatever is killed, the next `lors run` goes on and ends in the same digests; and nothing is left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flows_helpers import tiny, written
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
+
+STEPS = 60
+
+
+def experiment(folder: Path) -> Path:
+    folder.mkdir()
+    changes: dict[str, Any] = {"languages": ["es"], "tasks": ["transcribe"], "merge": {"scaling": 0.5}}
+    changes["resources"] = {"parallel": 1, "threads": 1}
+    changes["finetune"] = {"steps": STEPS, "learning_rate": 1e-3, "batch_seconds": 24}
+    corpora = {"source": "synthetic", "utterances": {"train": 24, "validation": 2, "test": 2}}
+    return written(folder / "e.yaml", tiny(folder, corpora=corpora, **changes))
+
+
+def start(file: Path, api: str | None) -> subprocess.Popen[str]:
+    environment = {**os.environ, "LORS_CHECKPOINT_SECONDS": "0.2"}
+    if api is not None:
+        environment["PREFECT_API_URL"] = api
+    command = [sys.executable, "-m", "flows.cli", "run", str(file), "--json"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """The processes that a process started, and those that they started: number to command line."""
+    parents, found = {}, {pid: ""}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    while new := {child for child, parent in parents.items() if parent in found and child not in found}:
+        for child in new:
+            try:
+                found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+            except OSError:
+                found[child] = ""
+    del found[pid]
+    return found
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def trained_steps(folder: Path) -> int:
+    logs = list((folder / "store" / "work" / "fine_tune").glob("*/training/train.jsonl"))
+    return len(logs[0].read_bytes().splitlines()) if logs else 0
+
+
+def trainer(run: subprocess.Popen[str]) -> int:
+    """The child that trains: it holds the training's log open."""
+    for pid in descendants(run.pid):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            if str(descriptor.readlink()).endswith("training/train.jsonl"):
+                return pid
+    raise AssertionError("no child trains")
+
+
+def finished(run: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    assert "Traceback" not in errors
+    summary: dict[str, Any] = json.loads((folder / "out" / "summary.json").read_text())
+    return summary
+
+
+def test_whatever_is_killed_the_next_run_ends_in_the_same_digests(prefect_api: str, tmp_path: Path) -> None:
+    undisturbed, file = tmp_path / "undisturbed", experiment(tmp_path / "disturbed")
+    expected = finished(start(experiment(undisturbed), prefect_api), undisturbed)["digests"]
+    seed = random.randrange(10**6)
+    print(f"moments of seed {seed}")  # shown where the test fails
+    rng, folder = random.Random(seed), file.parent
+
+    def reached(run: subprocess.Popen[str], first: int) -> int:
+        """Wait for a random step after `first` of the training."""
+        moment = rng.randint(first + 1, first + (STEPS - first) // 2)
+        assert within(120, lambda: trained_steps(folder) >= moment or run.poll() is not None)
+        assert run.poll() is None, run.communicate()[1]
+        return moment
+
+    # Ctrl-C, and kill -9 with an API of the run's own, which has to go as well.
+    run = start(file, None)
+    reached(run, 0)
+    children = descendants(run.pid)
+    assert any("uvicorn" in command for command in children.values())
+    assert any("lors.isolate" in command for command in children.values())
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert within(5, lambda: not any(map(running, children))), children
+    run.communicate()
+
+    run = start(file, prefect_api)
+    reached(run, trained_steps(folder))
+    children = descendants(run.pid)
+    run.send_signal(signal.SIGINT)
+    assert within(20, lambda: run.poll() is not None)
+    errors = run.communicate()[1]
+    assert run.returncode == 130
+    assert errors.endswith("lors: stopped; finished steps are kept, the same command goes on from here\n")
+    assert "Traceback" not in errors
+    assert within(5, lambda: not any(map(running, children))), children
+
+    run = start(file, prefect_api)
+    reached(run, trained_steps(folder))
+    os.kill(trainer(run), signal.SIGKILL)  # the run itself starts another and goes on
+    summary = finished(run, folder)
+    assert summary["digests"] == expected
+    states = {step["name"]: step["state"] for step in summary["steps"]}
+    assert states["prepare es train"] == "cached"
+    assert states["fine-tune es-transcribe"] == "run"
+    assert list((folder / "store" / "work" / "fine_tune").glob("*/*")) == []

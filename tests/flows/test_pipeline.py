@@ -1,0 +1,188 @@
+"""The flows on a real tiny experiment."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from flows_helpers import Done, planned
+from prefect.client.orchestration import get_client
+
+from flows.pipeline import full_pipeline, merge_and_evaluate, train_expert
+from lors.config import Experiment
+from lors.errors import InputError
+from lors.pipeline import build_steps
+from lors.store import Artifact, Store
+
+EXPERTS = ("es-transcribe", "es-translate", "fr-transcribe", "fr-translate")
+
+
+def summary_of(experiment: Experiment) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((experiment.output / "summary.json").read_text())
+    return summary
+
+
+def ran(experiment: Experiment) -> set[str]:
+    return {step["name"] for step in summary_of(experiment)["steps"] if step["state"] == "run"}
+
+
+def task_states(flow: str, count: int) -> list[str]:
+    """The names of the states of the last flow run of a flow, once the API has recorded how all task runs ended."""
+    end = time.monotonic() + 30
+    with get_client(sync_client=True) as client:
+        runs = client.request("POST", "/flow_runs/filter", json={"sort": "START_TIME_DESC", "limit": 20}).json()
+        last = next(run for run in runs if run["name"].startswith(flow))
+        query = {"task_runs": {"flow_run_id": {"any_": [last["id"]]}}}
+        while True:
+            found = client.request("POST", "/task_runs/filter", json=query).json()
+            states = [run["state_name"] for run in found if run["state_type"] in ("COMPLETED", "FAILED")]
+            if len(states) == count or time.monotonic() > end:
+                return states
+            time.sleep(0.1)
+
+
+def test_the_first_run_computes_what_was_planned(done: Done) -> None:
+    assert done.planned == set(done.result["computed"])
+    assert {f"fine-tune {expert}" for expert in EXPERTS} <= done.planned
+    assert [step["state"] for step in done.summary["steps"]] == ["run"] * len(done.planned)
+
+
+def test_the_output_is_complete(done: Done) -> None:
+    out = done.folder / "out"
+    results = pd.read_csv(out / "results.csv")
+    columns = "system language task split metric value low high signature utterances window"
+    assert set(columns.split()) <= set(results.columns)
+    assert set(results.system) == {"base", "experts", "lors"}
+    assert {"wer", "cer", "bleu"} <= set(results.metric)
+    assert set(results.language) == {"es", "fr"}
+    summary = done.summary
+    assert set(summary["systems"]) == {"base", "experts", "lors"}
+    assert {"recovery", "wer", "bleu"} <= set(summary["systems"]["lors"])
+    assert summary["scaling"] in (0.3, 0.6)
+    assert {point["scaling"] for point in summary["curves"]["lors"]["points"]} == {0.3, 0.6}
+    assert {"name", "key", "state", "seconds"} <= set(summary["steps"][0])
+    assert set(summary["digests"]) == done.planned
+    assert summary["corpora"]["fr"]["train"]["utterances"] == 6
+    assert summary["versions"]["torch"]
+    assert summary["seeds"] == {"finetune": 0, "corpora": 1}
+    assert {path.name for path in (out / "experts").iterdir()} == {f"{expert}.safetensors" for expert in EXPERTS}
+    assert {path.stem for path in (out / "hypotheses").iterdir()} == {"base", "experts", "lors"}
+    hypotheses = pd.read_parquet(out / "hypotheses" / "lors.parquet")
+    assert len(hypotheses) == 2 * 2 * 3
+    assert {"reference", "hypothesis"} <= set(hypotheses.columns)
+    assert (out / "table.md").read_text() in (out / "model" / "README.md").read_text() + "\n"
+    assert [path.name for path in out.rglob(".*")] == []
+
+
+def test_the_merged_model_is_a_plain_hugging_face_model(done: Done) -> None:
+    from transformers import pipeline
+
+    from lors.speech.corpus import read_split
+
+    store = Store(done.folder / "store")
+    steps = {step["name"]: step for step in done.summary["steps"]}
+    test = store.find("prepare_split", steps["prepare es test"]["key"])
+    assert test is not None
+    utterance = read_split(store.path(test) / "test.parquet")[0]
+    recogniser = pipeline("automatic-speech-recognition", model=str(done.folder / "out" / "model"), device="cpu")
+    text = recogniser(utterance.audio(), generate_kwargs={"language": "es", "task": "transcribe"})["text"]
+    assert isinstance(text, str)
+    assert text.strip()
+
+
+def test_the_second_run_computes_nothing(done: Done) -> None:
+    experiment = done.make()
+    assert planned(experiment) == set()
+    digests = summary_of(experiment)["digests"]
+    assert full_pipeline(experiment)["computed"] == []
+    assert ran(experiment) == set()
+    assert summary_of(experiment)["digests"] == digests
+    assert task_states("full-pipeline", len(done.planned)) == ["Cached"] * len(done.planned)
+
+
+def test_another_rank_ratio_prunes_merges_and_evaluates_as_planned(done: Done) -> None:
+    other = done.make(prune={"rank_ratio": 0.02, "density": 0.01}, output=str(done.folder / "other-rank"))
+    expected = {f"prune {expert}" for expert in EXPERTS} | {
+        *("combine lors", "score lors at 0.3", "score lors at 0.6", "select scaling lors", "write lors"),
+        *("evaluate lors es", "evaluate lors fr", "score systems"),
+    }
+    assert planned(other) == expected
+    assert set(full_pipeline(other)["computed"]) == expected == ran(other)
+    assert planned(done.make()) == set()
+
+
+def test_more_speech_of_one_language_trains_that_language_as_planned(done: Done) -> None:
+    counts = {"source": "synthetic", "utterances": {"train": 6, "validation": 2, "test": 3}}
+    changes = {"corpora": counts | {"overrides": {"es": {"train": 7}}}, "merge": {"scaling": 0.5}}
+    other = done.make(**changes, output=str(done.folder / "more-speech"))
+    expected = planned(other)
+    assert {step for step in expected if "fr" in step} == {"evaluate lors fr"}
+    assert {"prepare es train", "fine-tune es-transcribe", "fine-tune es-translate"} <= expected
+    assert not {"prepare es test", "evaluate base es"} & expected
+    assert set(full_pipeline(other)["computed"]) == expected == ran(other)
+
+
+@pytest.mark.parametrize("step", ["prune es-transcribe", "prepare fr test"])
+def test_a_damaged_entry_is_made_again_with_the_same_digest(step: str, done: Done) -> None:
+    experiment, store = done.make(), Store(done.folder / "store")
+    entry = next(entry for entry in done.summary["steps"] if entry["name"] == step)
+    files = store.root / "entries" / entry["stage"] / entry["key"] / "files"
+    damaged = max(files.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    assert step in planned(experiment)
+    assert full_pipeline(experiment)["computed"] == [step]
+    assert summary_of(experiment)["digests"] == done.summary["digests"]
+    assert planned(experiment) == set()
+
+
+def test_a_deleted_output_is_written_again_from_the_store(done: Done) -> None:
+    experiment = done.make()
+    before = {path.relative_to(experiment.output): path.read_bytes() for path in files_of(experiment.output)}
+    shutil.rmtree(experiment.output)
+    assert merge_and_evaluate(experiment)["computed"] == []
+    after = {path.relative_to(experiment.output): path.read_bytes() for path in files_of(experiment.output)}
+    assert after.keys() == before.keys()
+    assert {str(path) for path in after if after[path] != before[path]} <= {"summary.json"}
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_an_output_of_another_experiment_is_replaced(done: Done) -> None:
+    alone = done.make(languages=["es"], tasks=["transcribe"], merge={"scaling": 0.5, "method": "weight_average"})
+    full_pipeline(alone)
+    assert list((alone.output / "experts").iterdir()) == []
+    assert {path.stem for path in (alone.output / "hypotheses").iterdir()} == {"base", "experts", "weight_average"}
+    assert "weight_average" in (alone.output / "model" / "README.md").read_text()
+    full_pipeline(done.make())
+    assert len(list((alone.output / "experts").iterdir())) == 4
+    assert "weight_average" not in (alone.output / "model" / "README.md").read_text()
+    assert [path.name for path in alone.output.rglob(".*")] == []
+
+
+def test_train_expert_gives_one_compact_expert(done: Done) -> None:
+    artifact = Artifact.from_json(train_expert(done.make(), "fr", "translate"))
+    assert artifact.stage == "prune_task_vector"
+    assert artifact.digest == done.summary["digests"]["prune fr-translate"]
+    assert task_states("train-expert", 5) == ["Cached"] * 5
+    with pytest.raises(
+        InputError, match="de-translate is no expert of this experiment: choose from es-transcribe, es-"
+    ):
+        train_expert(done.make(), "de", "translate")
+
+
+def test_merging_wants_experts_that_are_there(done: Done) -> None:
+    untrained = done.make(finetune={"steps": 9})
+    with pytest.raises(InputError, match="the expert of `fine-tune es-transcribe` is not in the store"):
+        merge_and_evaluate(untrained)
+    assert {name for name in build_steps(untrained, Store(untrained.store)) if name.startswith("fine-tune")} <= planned(
+        untrained
+    )

@@ -1,0 +1,314 @@
+"""What changes which keys: every step is finished here by files that hold its key, so that nothing is computed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from lors.config import Experiment, parse_experiment
+from lors.errors import CheckpointError, ConfigError, CorpusError, InputError
+from lors.pipeline import VERSIONS, Step, build_steps, plan
+from lors.starter import MODEL_FOLDER
+from lors.store import Artifact, Store
+
+SPLITS = ("train", "validation", "test")
+FILES = {
+    "fine_tune": ["model.safetensors", "config.json", "train.jsonl"],
+    "extract_task_vector": ["task_vector.safetensors"],
+    "prune_task_vector": ["task_vector.safetensors"],
+    "combine_task_vectors": ["task_vector.safetensors"],
+    "score_scaling": ["point.json"],
+    "select_scaling": ["scaling.json"],
+    "write_model": ["model.safetensors", "config.json", "README.md"],
+    "evaluate_model": ["hypotheses.parquet"],
+    "score_systems": ["results.csv", "table.md"],
+}
+
+
+def finish(experiment: Experiment, store: Store) -> dict[str, str]:
+    """Put every step into the store; the keys by step."""
+    artifacts: dict[str, Artifact] = {}
+    for name, step in build_steps(experiment, store).items():
+        inputs = {role: artifacts[source.step] for role, source in step.inputs.items()}
+        key, digests = step.key(inputs), step.input_digests(inputs)
+        made = store.produce(step.stage, key, version=VERSIONS[step.stage], settings=step.settings, inputs=digests)
+        with made as production:
+            if production.hit is None:
+                files = FILES.get(step.stage) or [f"{step.settings['split']}.parquet", "rejects.jsonl"]
+                for file in files:
+                    (production.out / file).write_text(f"{file} of {key}")
+                production.publish({}, 1.0)
+            assert production.artifact is not None
+            artifacts[name] = production.artifact
+    return {name: artifact.key for name, artifact in artifacts.items()}
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name, key in before.items() if after[name] != key}
+
+
+def to_run(experiment: Experiment, store: Store) -> set[str]:
+    return {p.step.name for p in plan(build_steps(experiment, store), store) if not p.cached}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+Make = Callable[..., Experiment]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """An experiment on manifests in `speech`, with other settings by section or dotted key."""
+    speech = tmp_path / "speech"
+    for language in ("es", "fr"):
+        for number, split in enumerate(SPLITS):
+            write_manifest(speech / language / f"{split}.jsonl", language, number)
+
+    def made(**changes: Any) -> Experiment:
+        data: dict[str, Any] = {
+            "base": "starter",
+            "languages": ["es", "fr"],
+            "corpora": {"source": "manifest", "path": f"{speech}/{{language}}/{{split}}.jsonl"},
+            "compare": ["task_arithmetic"],
+            "merge": {"scaling": {"search": [0.2, 0.5]}},
+            "output": str(tmp_path / "out"),
+            "store": str(tmp_path / "store"),
+        }
+        return parse_experiment(data | changes)
+
+    return made
+
+
+def write_manifest(path: Path, language: str, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in range(2):
+        audio = path.with_name(f"{path.stem}-{row}.wav")
+        write_audio(audio, seed=number * 10 + row + len(language))
+        rows.append({"audio": audio.name, "text": f"{language} {path.stem} {row}", "translation": "a word"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_audio(path: Path, seed: int) -> None:
+    soundfile.write(path, np.random.default_rng(seed).uniform(-0.5, 0.5, 4000), 16_000)
+
+
+def merging(*methods: str) -> set[str]:
+    """The steps of a method from the combination on."""
+    steps = set()
+    for method in methods:
+        steps |= {f"score {method} at {value}" for value in (0.2, 0.5)}
+        steps |= {f"{what} {method}" for what in ("combine", "select scaling", "write")}
+        steps |= {f"evaluate {method} {language}" for language in ("es", "fr")}
+    return steps | {"score systems"}
+
+
+def own_steps(expert: str) -> set[str]:
+    return {f"{what} {expert}" for what in ("fine-tune", "extract", "prune", "evaluate expert")}
+
+
+EXPERTS = ("es-transcribe", "es-translate", "fr-transcribe", "fr-translate")
+OF_ES = own_steps("es-transcribe") | own_steps("es-translate")
+
+
+def test_each_step_comes_after_those_it_reads(make: Make, store: Store) -> None:
+    steps = build_steps(make(), store)
+    seen: set[str] = set()
+    for name, step in steps.items():
+        assert name == step.name
+        assert {source.step for source in step.inputs.values()} <= seen
+        assert step.stage in VERSIONS
+        seen.add(name)
+    assert {"prepare es test", "evaluate base fr", *OF_ES, *merging("lors", "task_arithmetic")} <= seen
+
+
+def test_the_plan_of_an_empty_store_is_everything_and_of_a_finished_one_nothing(make: Make, store: Store) -> None:
+    first = plan(build_steps(make(), store), store)
+    assert not any(p.cached for p in first)
+    reasons = {p.step.name: p.reason for p in first}
+    assert reasons["prepare es train"] == "not made yet"
+    assert reasons["fine-tune es-transcribe"] == "after prepare es train"
+    finish(make(), store)
+    again = plan(build_steps(make(), store), store)
+    assert all(p.cached and p.seconds == 1.0 and not p.reason for p in again)
+
+
+def test_another_rank_prunes_merges_and_evaluates(make: Make, store: Store) -> None:
+    before = finish(make(), store)
+    other = make(prune={"rank_ratio": 0.31})
+    expected = {f"prune {expert}" for expert in EXPERTS} | merging("lors")
+    assert to_run(other, store) == expected
+    assert changed(before, finish(other, store)) == expected
+
+
+def test_another_weight_or_search_keeps_the_task_vectors(make: Make, store: Store) -> None:
+    finish(make(), store)
+    weighted = make(merge={"scaling": {"search": [0.2, 0.5]}, "weights": {"es": 0.5}})
+    assert to_run(weighted, store) == merging("lors", "task_arithmetic")
+    wider = make(merge={"scaling": {"search": [0.2, 0.5, 0.2500000001]}})
+    methods = ("lors", "task_arithmetic")
+    known = {f"score {method} at {value}" for method in methods for value in (0.2, 0.5)}
+    new = {f"score {method} at 0.2500000001" for method in methods}
+    expected = merging(*methods) - known - {f"combine {method}" for method in methods} | new
+    assert to_run(wider, store) == expected
+
+
+@pytest.mark.parametrize("change", ["audio in place", "text", "row added"])
+def test_one_language_s_training_speech(change: str, make: Make, store: Store, tmp_path: Path) -> None:
+    before = finish(make(), store)
+    manifest = tmp_path / "speech" / "es" / "train.jsonl"
+    if change == "audio in place":  # as long as it was, and with its old time
+        audio = manifest.with_name("train-0.wav")
+        status, size = audio.stat(), audio.stat().st_size
+        write_audio(audio, seed=99)
+        os.utime(audio, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert audio.stat().st_size == size
+    elif change == "text":
+        manifest.write_text(manifest.read_text().replace("es train 0", "es train x"))
+    else:
+        manifest.write_text(manifest.read_text() + manifest.read_text().splitlines()[0] + "\n")
+    expected = {"prepare es train"} | OF_ES | merging("lors", "task_arithmetic")
+    assert to_run(make(), store) == expected
+    assert changed(before, finish(make(), store)) == expected
+
+
+def test_new_test_speech_trains_nothing_and_merges_nothing(make: Make, store: Store, tmp_path: Path) -> None:
+    before = finish(make(), store)
+    write_audio(tmp_path / "speech" / "es" / "test-0.wav", seed=99)
+    expected = {"prepare es test", "score systems"} | {
+        f"evaluate {what}"
+        for what in ("base es", "expert es-transcribe", "expert es-translate", "lors es", "task_arithmetic es")
+    }
+    assert to_run(make(), store) == expected
+    assert changed(before, finish(make(), store)) == expected
+
+
+def test_a_manifest_rewritten_in_another_form_changes_nothing(make: Make, store: Store, tmp_path: Path) -> None:
+    before = finish(make(), store)
+    manifest = tmp_path / "speech" / "es" / "train.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps(dict(reversed(row.items())), indent=None) + "\n" for row in rows))
+    assert changed(before, finish(make(), store)) == set()
+
+
+def test_a_language_more_costs_its_own_work_and_the_merge(make: Make, store: Store) -> None:
+    finish(make(languages=["es"]), store)
+    expected = {f"prepare fr {split}" for split in SPLITS} | {"evaluate base fr"}
+    expected |= own_steps("fr-transcribe") | own_steps("fr-translate") | merging("lors", "task_arithmetic")
+    assert to_run(make(), store) == expected
+
+
+def test_resources_and_places_are_in_no_key(make: Make, store: Store, tmp_path: Path) -> None:
+    before = finish(make(), store)
+    elsewhere = make(resources={"parallel": 7, "threads": 3}, output=str(tmp_path / "elsewhere"))
+    assert changed(before, finish(elsewhere, store)) == set()
+    moved = Store(shutil.move(store.root, tmp_path / "moved-store"))
+    shutil.copytree(MODEL_FOLDER, tmp_path / "base")
+    shutil.move(tmp_path / "speech", tmp_path / "spoken")
+    path = f"{tmp_path}/spoken/{{language}}/{{split}}.jsonl"
+    changes = {"base": str(tmp_path / "base"), "corpora": {"source": "manifest", "path": path}}
+    assert to_run(make(store=str(moved.root), **changes), moved) == set()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json", "model.safetensors"])
+def test_another_base_trains_again(file: str, make: Make, store: Store, tmp_path: Path) -> None:
+    base = shutil.copytree(MODEL_FOLDER, tmp_path / "base")
+    before = finish(make(base=str(base)), store)
+    with (base / file).open("ab") as content:
+        content.write(b" ")
+    after = changed(before, finish(make(base=str(base)), store))
+    assert after == {name for name in before if not name.startswith("prepare")}
+
+
+def test_the_card_of_a_base_is_in_no_key(make: Make, store: Store, tmp_path: Path) -> None:
+    base = shutil.copytree(MODEL_FOLDER, tmp_path / "base")
+    before = finish(make(base=str(base)), store)
+    (base / "README.md").write_text("another card")
+    (base / "starter.json").unlink(missing_ok=True)
+    assert changed(before, finish(make(base=str(base)), store)) == set()
+
+
+def test_synthetic_counts_are_those_of_their_own_split(make: Make, store: Store) -> None:
+    def spoken(**counts: int) -> Experiment:
+        return make(corpora={"source": "synthetic", "overrides": {"es": counts}})
+
+    before = finish(spoken(test=7), store)
+    assert changed(before, finish(spoken(test=7, validation=5), store)) == (
+        {"prepare es validation"} | OF_ES | merging("lors", "task_arithmetic")
+    )
+    assert to_run(make(corpora={"source": "synthetic", "seed": 5}), store) >= {
+        f"prepare {language} {split}" for language in ("es", "fr") for split in SPLITS
+    }
+
+
+def entry_of(step: str, keys: Mapping[str, str], store: Store, steps: Mapping[str, Step]) -> Path:
+    return store.root / "entries" / steps[step].stage / keys[step] / "files"
+
+
+def test_a_damaged_entry_is_planned_with_its_file_named(make: Make, store: Store) -> None:
+    keys = finish(make(), store)
+    assert to_run(make(), store) == set()  # the memo has every digest now
+    vector = entry_of("prune es-translate", keys, store, build_steps(make(), store)) / "task_vector.safetensors"
+    status = vector.stat()
+    content = bytearray(vector.read_bytes())
+    content[5] ^= 1
+    vector.write_bytes(content)
+    os.utime(vector, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert store.find("prune_task_vector", keys["prune es-translate"]) is None
+    reasons = {p.step.name: p.reason for p in plan(build_steps(make(), Store(store.root)), Store(store.root))}
+    assert "task_vector.safetensors" in reasons["prune es-translate"]
+    assert reasons["combine lors"] == "after prune es-translate"
+    assert {name for name, reason in reasons.items() if reason} == {"prune es-translate"} | merging("lors")
+
+
+def test_a_deleted_file_is_planned(make: Make, store: Store) -> None:
+    keys = finish(make(), store)
+    (entry_of("score systems", keys, store, build_steps(make(), store)) / "results.csv").unlink()
+    assert to_run(make(), store) == {"score systems"}
+
+
+def base_of(folder: Path, **config: Any) -> str:
+    shutil.copytree(MODEL_FOLDER, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return str(folder)
+
+
+def test_what_is_wrong_with_a_base_is_said(make: Make, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere is not a folder; give a model folder"):
+        build_steps(make(base=str(tmp_path / "nowhere")), store)
+    with pytest.raises(CheckpointError, match="is of type 'wav2vec2': LoRS works on Whisper"):
+        build_steps(make(base=base_of(tmp_path / "other", model_type="wav2vec2")), store)
+    pickled = Path(base_of(tmp_path / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickled weights only"):
+        build_steps(make(base=str(pickled)), store)
+    english = Path(base_of(tmp_path / "english"))
+    (english / "generation_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not multilingual"):
+        build_steps(make(base=str(english)), store)
+    few = Path(base_of(tmp_path / "few"))
+    (few / "generation_config.json").write_text(json.dumps({"lang_to_id": {"<|es|>": 1, "<|de|>": 2}}))
+    with pytest.raises(ConfigError, match=r"no token for 'fr'.*it has de, es\)"):
+        build_steps(make(base=str(few)), store)
+
+
+def test_what_is_wrong_with_a_corpus_is_said(make: Make, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the synthetic corpus does not speak 'ja', choose from ca, de"):
+        build_steps(make(languages=["es", "ja"], corpora={"source": "synthetic"}), store)
+    (tmp_path / "speech" / "fr" / "validation.jsonl").unlink()
+    with pytest.raises(CorpusError, match=r"fr/validation\.jsonl"):
+        build_steps(make(), store)
+    assert issubclass(CorpusError, InputError)
