@@ -11,8 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from lors.pipeline import Step
-
 __all__ = ["RunProgress"]
 
 _LINE_SECONDS = 15.0
@@ -43,35 +41,35 @@ class RunProgress:
         if self._progress is not None:
             self._progress.stop()
 
-    def __call__(self, step: Step, event: Mapping[str, Any]) -> None:
+    def __call__(self, step: str, event: Mapping[str, Any]) -> None:
         """Take one event of a step."""
         with self._lock:
             if "finished" in event:
                 self._finish(step, event["seconds"])
             elif "message" in event:
-                self.say(f"{step.name}: {event['message']}")
+                self.say(f"{step}: {event['message']}")
             else:
                 self._advance(step, event)
 
-    def _finish(self, step: Step, seconds: float | None) -> None:
+    def _finish(self, step: str, seconds: float | None) -> None:
         self._finished += 1
         if self._progress is not None:
             self._progress.update(self._all, completed=self._finished)
-            if step.name in self._bars:
-                self._progress.remove_task(self._bars.pop(step.name))
+            if step in self._bars:
+                self._progress.remove_task(self._bars.pop(step))
         if seconds is not None:
-            self.say(f"[{self._finished}/{self._steps}] {step.name}: done in {seconds:.1f} s")
+            self.say(f"[{self._finished}/{self._steps}] {step}: done in {seconds:.1f} s")
 
-    def _advance(self, step: Step, event: Mapping[str, Any]) -> None:
+    def _advance(self, step: str, event: Mapping[str, Any]) -> None:
         note = ", ".join(_shown(name, value) for name, value in event.items() if name not in _COUNTERS)
         if self._progress is not None:
-            if step.name not in self._bars:
-                self._bars[step.name] = self._progress.add_task(step.name, total=event["total"], note="")
-            self._progress.update(self._bars[step.name], completed=event["done"], total=event["total"], note=note)
-        elif time.monotonic() - self._told.setdefault(step.name, time.monotonic()) >= _LINE_SECONDS:
-            self._told[step.name] = time.monotonic()
+            if step not in self._bars:
+                self._bars[step] = self._progress.add_task(step, total=event["total"], note="")
+            self._progress.update(self._bars[step], completed=event["done"], total=event["total"], note=note)
+        elif time.monotonic() - self._told.setdefault(step, time.monotonic()) >= _LINE_SECONDS:
+            self._told[step] = time.monotonic()
             total = "" if event["total"] is None else f"/{event['total']}"
-            self.say(f"{step.name}: {event['done']}{total} {event['unit']}" + (f", {note}" if note else ""))
+            self.say(f"{step}: {event['done']}{total} {event['unit']}" + (f", {note}" if note else ""))
 
     def say(self, text: str) -> None:
         """Print a line, above the bars."""

@@ -42,11 +42,14 @@ def can_pass(task: Any, task_run: Any, state: Any) -> bool:
     Nor where the run itself is ending (Ctrl-C), which is what killed the process.
     """
     try:
-        runtime_of(task_run)
+        runtime = runtime_of(task_run)
     except StepFailedError:
         return False
     error = state.result(raise_on_failure=False)
-    return isinstance(error, StepFailedError) or not isinstance(error, LorsError)
+    if isinstance(error, LorsError) and not isinstance(error, StepFailedError):
+        return False
+    runtime.tell(task_run.name, {"message": f"trying again after: {error}"})
+    return True
 
 
 def step_task(tag: str, function: Any) -> Task[Any, Any]:

@@ -11,12 +11,12 @@ from typing import Any
 from uuid import UUID
 
 from lors.errors import StepFailedError
-from lors.pipeline import Step, Workspace
+from lors.pipeline import Workspace
 
 __all__ = ["LISTENERS", "Runtime", "runtime_of", "use"]
 
-LISTENERS: list[Callable[[Step, Mapping[str, Any]], None]] = []
-"""Called with every event of every step in this process: the command line's progress joins here."""
+LISTENERS: list[Callable[[str, Mapping[str, Any]], None]] = []
+"""Called with the step's name and every event of it in this process: the command line's progress joins here."""
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Runtime:
     """Task runs so far."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def tell(self, step: Step, event: Mapping[str, Any]) -> None:
-        """Pass a step's event on."""
+    def tell(self, step: str, event: Mapping[str, Any]) -> None:
+        """Pass an event of the named step on."""
         for listener in LISTENERS:
             listener(step, event)
 

@@ -28,7 +28,7 @@ def _perform(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
     def on_event(event: Mapping[str, Any]) -> None:
         nonlocal told
-        runtime.tell(step, event)
+        runtime.tell(step.name, event)
         if time.monotonic() - told >= _LOG_SECONDS:
             told = time.monotonic()
             logger.info("%s: %s", step.name, ", ".join(f"{name} {value}" for name, value in event.items()))
@@ -38,7 +38,7 @@ def _perform(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if not hit:
         with runtime.lock:
             runtime.computed.add(step.name)
-    runtime.tell(step, {"finished": True, "seconds": None if hit else seconds})
+    runtime.tell(step.name, {"finished": True, "seconds": None if hit else seconds})
     logger.info("%s %s: %s", step.name, "was in the store" if hit else "computed", dict(artifact.summary))
     return artifact.to_json()
 

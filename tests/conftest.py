@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("lors", deadline=None)
+settings.load_profile("lors")
 
 _HOME = Path(tempfile.mkdtemp(prefix="lors-tests-prefect-"))
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)

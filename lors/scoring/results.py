@@ -151,8 +151,8 @@ def summarise(
     "chrf"}}, "recovery_left_out": ["de transcribe"]}`.
 
     recovery and ratio_to_expert average the languages and tasks by their `main_metric`; recovery leaves out, for every
-    system, those where the expert is not better than the base beyond the interval. "wer" leaves out UNSPACED languages. A
-    system that lacks a part of a mean has None there, as all have without the system "base" or "experts".
+    system, those where the expert is not better than the base beyond the interval. "wer" leaves out UNSPACED languages.
+    A system that lacks a part of a mean has None there, as all have without the system "base" or "experts".
     """
     split, values = _headline(results)
     pairs = _pairs(values)

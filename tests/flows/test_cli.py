@@ -125,7 +125,7 @@ def test_what_cannot_be_merged(expert: Path, refused: Refused, tmp_path: Path) -
     assert "two experts are named 'es'" in refused(*base, "--expert", "es=a", "--expert", "es=b", *out)
     assert "--weight 'es' is not ID=NUMBER" in refused(*base, "--expert", "es=a", "--weight", "es", *out)
     assert "--rank-ratio 0.0: " in refused(*base, "--expert", "es=a", "--rank-ratio", "0", *out)
-    assert "--method" in refused(*base, "--expert", "es=a", "--method", "lor", *out)
+    assert "no merging method 'lor'; did you mean lors?" in refused(*base, "--expert", "es=a", "--method", "lor", *out)
     assert not (tmp_path / "merged").exists()
 
 
@@ -207,7 +207,7 @@ def test_one_expert_that_cannot_be_trained_loses_nothing_else(prefect_api: str, 
     row = {"text": "hola"}
     path = manifests(tmp_path, "es", train=[row, row], validation=[row], test=[row])
     corpora = {"source": "manifest", "path": path}
-    file = written(tmp_path / "e.yaml", tiny(tmp_path, languages=["es"], corpora=corpora))
+    file = written(tmp_path / "e.yaml", tiny(tmp_path, languages=["es"], corpora=corpora, resources={"parallel": 1}))
     done = lors("run", file, api=prefect_api)
     assert done.returncode == 2
     error = only_error(done)

@@ -88,10 +88,11 @@ def trainer(run: subprocess.Popen[str]) -> int:
     raise AssertionError("no child trains")
 
 
-def finished(run: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
+def finished(run: subprocess.Popen[str], folder: Path, *said: str) -> dict[str, Any]:
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
     assert "Traceback" not in errors
+    assert [words for words in said if words not in errors] == []
     summary: dict[str, Any] = json.loads((folder / "out" / "summary.json").read_text())
     return summary
 
@@ -135,7 +136,7 @@ def test_whatever_is_killed_the_next_run_ends_in_the_same_digests(prefect_api: s
     run = start(file, prefect_api)
     reached(run, trained_steps(folder))
     os.kill(trainer(run), signal.SIGKILL)  # the run itself starts another and goes on
-    summary = finished(run, folder)
+    summary = finished(run, folder, "fine-tune es-transcribe: trying again after: ", "SIGKILL")
     assert summary["digests"] == expected
     states = {step["name"]: step["state"] for step in summary["steps"]}
     assert states["prepare es train"] == "cached"
