@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 
 from lors.errors import CheckpointError, InputError
 from lors.model_folder import CONFIG, INDEX, WEIGHTS, folder_digest, read_json, resolve_folder, weight_files
+from lors.store import sync_to_disk
 
 __all__ = [
     "Checkpoint",
@@ -190,9 +190,9 @@ def write_model_folder(
         check_compatible(base, Checkpoint(partial))
         with writing(out):
             for path in (*partial.iterdir(), partial):
-                _sync(path)
+                sync_to_disk(path)
             partial.rename(out)
-            _sync(out.absolute().parent)
+            sync_to_disk(out.absolute().parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -299,11 +299,3 @@ def _reading(file: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{file} cannot be read as safetensors ({error}); it is corrupt or cut off: copy it again"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

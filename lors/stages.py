@@ -8,6 +8,7 @@ store), `digests` (of all inputs), `out` (an empty folder for its files), `work`
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,9 @@ def fine_tune(
     processor.save_pretrained(out)
     # Copied, not moved: killed from here on, the next run starts from the checkpoint and goes on with this log.
     shutil.copyfile(Path(work) / "training" / finetune.LOG, Path(out) / finetune.LOG)
-    return {"train": len(examples["train"]), "validation": len(examples["validation"]), **result}
+    counts = {f"{split}_examples": len(found) for split, found in examples.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux; the process trains this expert alone
+    return {**counts, **result, "peak_memory_gib": round(peak / 2**20, 2)}
 
 
 def extract_task_vector(

@@ -35,7 +35,17 @@ from typing import Any, Literal
 
 from lors.errors import InputError, LorsError
 
-__all__ = ["Artifact", "Memo", "Production", "Store", "file_digest", "step_key", "storage_errors", "write_json"]
+__all__ = [
+    "Artifact",
+    "Memo",
+    "Production",
+    "Store",
+    "file_digest",
+    "step_key",
+    "storage_errors",
+    "sync_to_disk",
+    "write_json",
+]
 
 FORMAT = 1
 # A file changed twice within a tick of the kernel's clock (at most 10 ms on Linux) keeps its mtime; memoise older ones.
@@ -390,14 +400,14 @@ class Store:
         mode = out.stat().st_mode & 0o666
         for name in sizes:
             (out / name).chmod(mode)
-            _sync(out / name)
+            sync_to_disk(out / name)
         hashes: dict[str, str] = {}
         files = {name: file_digest(out / name, hashes) for name in sorted(sizes)}
         artifact = Artifact(described["stage"], described["key"], _digest(files), files, json.loads(_json(summary)))
         staged.mkdir()
         out.rename(staged / "files")
         for folder, _, _ in os.walk(staged / "files"):
-            _sync(Path(folder))
+            sync_to_disk(Path(folder))
         manifest = {
             "format": FORMAT,
             **described,
@@ -413,7 +423,7 @@ class Store:
         if entry.exists():  # it was examined under this lock and did not pass
             entry.rename(aside)
         staged.rename(entry)
-        _sync(entry.parent)
+        sync_to_disk(entry.parent)
         for name in files:
             if line := hashes.get(str(out / name)):
                 self.memo[str(entry / "files" / name)] = line
@@ -480,7 +490,7 @@ def _replace(path: Path, content: bytes, *, sync: bool) -> None:
         temporary.unlink(missing_ok=True)
         raise
     if sync:
-        _sync(path.parent)
+        sync_to_disk(path.parent)
 
 
 @contextmanager
@@ -547,7 +557,8 @@ def _regular_files(folder: Path) -> Iterable[Path]:
             yield path
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Make a file, or a folder's list of names, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,8 +173,8 @@ def test_doctor(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     assert "FAIL  prefect api" in capfd.readouterr().out
 
 
-def lors(*arguments: str | Path, api: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PREFECT_API_URL": api}
+def lors(*arguments: str | Path, api: str | None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({} if api is None else {"PREFECT_API_URL": api})
     command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -237,3 +239,31 @@ def test_a_cached_run_prints_the_table_or_json(done: Done) -> None:
     result = json.loads(lors("run", file, "--json", api=done.api).stdout)
     assert result["computed"] == []
     assert set(result["systems"]) == {"base", "experts", "lors"}
+
+
+def servers() -> set[str]:
+    """The numbers of the processes that serve a Prefect API of these tests."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            ours = os.environ["PREFECT_HOME"] in (file.parent / "environ").read_text()
+            if ours and "prefect.server.api.server:create_app" in file.read_text():
+                found.add(file.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="reads /proc")
+def test_an_api_of_the_run_s_own_records_everything_and_ends(done: Done) -> None:
+    before = servers()
+    assert before
+    file = written(done.folder / "e.yaml", tiny(done.folder))
+    assert lors("run", file, api=None).returncode == 0
+    assert servers() <= before
+    with contextlib.closing(sqlite3.connect(Path(os.environ["PREFECT_HOME"]) / "prefect.db")) as database:
+        name = f"full-pipeline {done.folder / 'out'}"
+        runs = database.execute("select id, state_type from flow_run where name = ?", [name]).fetchall()
+        assert [state for _, state in runs] == ["COMPLETED"]
+        query = "select state_name, count(*) from task_run where flow_run_id = ? group by 1"
+        assert database.execute(query, [runs[0][0]]).fetchall() == [("Cached", len(done.planned))]

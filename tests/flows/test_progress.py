@@ -11,7 +11,7 @@ def event(done: int, **more: object) -> dict[str, object]:
 
 
 def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_LINE_SECONDS", -1.0)
     with RunProgress(5, 3) as run:
         run("fine-tune es", event(1, loss=0.123456, samples_per_second=7.0))
         run("fine-tune es", {"message": "waiting"})

@@ -1,0 +1,33 @@
+"""Prints the table of docs/results.md from a run's output: `python docs/table.py outputs/demo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from lors.scoring.metrics import main_metric
+
+
+def main(output: Path) -> None:
+    """One row a system: the main metric of each language and task with its 95 % interval, then recovery."""
+    results = pd.read_csv(output / "results.csv")
+    systems = json.loads((output / "summary.json").read_text("utf-8"))["systems"]
+    columns = sorted({(row.task, row.language) for row in results.itertuples()})
+    heads = [f"{language} {main_metric(task, language).upper()}" for task, language in columns]
+    print("| " + " | ".join(["system", *heads, "recovery"]) + " |")
+    print("| --- " * (len(columns) + 2) + "|")
+    for system, means in systems.items():
+        cells = [system]
+        for task, language in columns:
+            chosen = (results.system == system) & (results.language == language)
+            (row,) = results[chosen & (results.metric == main_metric(task, language))].itertuples()
+            cells.append(f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f})")
+        cells.append("-" if means["recovery"] is None else f"{means['recovery']:.2f}")
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
