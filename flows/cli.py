@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -152,6 +153,7 @@ def _run(options: argparse.Namespace) -> int:
             result = full_pipeline(experiment)
         finally:
             LISTENERS.remove(progress)
+            gc.freeze()  # or Python walks all of Prefect's objects several times as it ends, for more than a second
     if options.json:
         print(json.dumps(result, indent=2))
     else:
