@@ -29,8 +29,10 @@ def slots() -> Iterator[Slots]:
 
 
 def gone(pid: int) -> bool:
+    """Whether a process is dead with all its threads, waited for or not: before the last is, no parent is told."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        dead = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return dead and len(list(Path(f"/proc/{pid}/task").iterdir())) <= 1
     except FileNotFoundError:
         return True
 

@@ -22,6 +22,15 @@ from lors.starter import MODEL_FOLDER
 BASE = str(MODEL_FOLDER)
 
 
+@pytest.fixture(autouse=True)
+def own_numerics() -> Iterator[None]:
+    """Stages set up the process that they have to themselves; other tests share this one."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
 def nothing(event: Any) -> None:
     """Take no notice of progress."""
 
