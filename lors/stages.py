@@ -234,7 +234,7 @@ def write_model(
         _merged(places["base"], inputs["combined"], scaling),
         title=f"Merged by {method.name}",
         text=f"`{method.formula}` with scaling coefficient {scaling:g} ({method.reference}).",
-        provenance={"method": method.name, "scaling": scaling, **digests},
+        provenance={"method": method.name, "scaling": scaling, "digests": dict(digests)},
     )
     return {"scaling": scaling, "parameters": written.parameters}
 
