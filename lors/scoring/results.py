@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from lors.scoring.metrics import LOWER_IS_BETTER, METRICS, METRICS_OF_TASK, diff
 from lors.scoring.normalise import is_unspaced
 from lors.scoring.recovery import complete_mean, ratio_to_expert, recovery
 
-__all__ = ["BASE", "EXPERTS", "RESULT_COLUMNS", "markdown_table", "score_tables", "summarise", "text_table"]
+__all__ = ["BASE", "EXPERTS", "RESULT_COLUMNS", "markdown_table", "score_tables", "summarise"]
 
 BASE: Final = "base"
 EXPERTS: Final = "experts"
@@ -267,15 +267,6 @@ def _notes(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _body(columns: Sequence[_Column], best: str, other: str) -> list[list[str]]:
-    """A row a system: its name and its cells, each through the format for the best or for the others."""
-    cells = [column.cells() for column in columns]
-    return [
-        [name, *((best if is_best else other).format(text) for text, is_best in (cell[name] for cell in cells))]
-        for name in columns[0].values
-    ]
-
-
 def markdown_table(results: pd.DataFrame, summary: Mapping[str, Any]) -> str:
     """One row a system: its main metric by language, their means, recovery; the best but for the experts in bold.
 
@@ -283,15 +274,8 @@ def markdown_table(results: pd.DataFrame, summary: Mapping[str, Any]) -> str:
     """
     columns = _columns(results, summary)
     lines = [["system", *(column.header for column in columns)], ["---", *("---:" for _ in columns)]]
-    lines += _body(columns, "**{}**", "{}")
+    cells = [column.cells() for column in columns]
+    for name in columns[0].values:
+        lines.append([name, *(f"**{text}**" if best else text for text, best in (cell[name] for cell in cells))])
     table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
     return "\n".join([*table, "", *(f"- {note}" for note in _notes(results, summary))]) + "\n"
-
-
-def text_table(results: pd.DataFrame, summary: Mapping[str, Any]) -> str:
-    """`markdown_table` for a terminal: aligned columns, the best marked with `*`."""
-    columns = _columns(results, summary)
-    lines = [["system", *(column.header + " " for column in columns)], *_body(columns, "{}*", "{} ")]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-    return "\n".join([*table, "", *(note.replace("`", "") for note in _notes(results, summary))]) + "\n"

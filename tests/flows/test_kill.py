@@ -8,13 +8,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flows_helpers import tiny, written
+from processes import gone, within
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
 
@@ -56,22 +55,6 @@ def descendants(pid: int) -> dict[int, str]:
                 found[child] = ""
     del found[pid]
     return found
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def trained_steps(folder: Path) -> int:
@@ -119,7 +102,7 @@ def test_whatever_is_killed_the_next_run_ends_in_the_same_digests(prefect_api: s
     assert any("lors.isolate" in command for command in children.values())
     run.send_signal(signal.SIGKILL)
     run.wait()
-    assert within(5, lambda: not any(map(running, children))), children
+    assert within(5, lambda: all(map(gone, children))), children
     run.communicate()
 
     run = start(file, prefect_api)
@@ -131,7 +114,7 @@ def test_whatever_is_killed_the_next_run_ends_in_the_same_digests(prefect_api: s
     assert run.returncode == 130
     assert errors.endswith("lors: stopped; finished steps are kept, the same command goes on from here\n")
     assert "Traceback" not in errors
-    assert within(5, lambda: not any(map(running, children))), children
+    assert within(5, lambda: all(map(gone, children))), children
 
     run = start(file, prefect_api)
     reached(run, trained_steps(folder))

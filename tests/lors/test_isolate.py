@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import isolate_jobs
 import pytest
+from processes import gone, within
 
 import lors
 from lors import errors
@@ -26,24 +27,6 @@ PACKAGES = ("isolate_jobs",)
 def slots() -> Iterator[Slots]:
     with Slots(1, threads=1, packages=PACKAGES) as value:
         yield value
-
-
-def gone(pid: int) -> bool:
-    """Whether a process is dead with all its threads, waited for or not: before the last is, no parent is told."""
-    try:
-        dead = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        return dead and len(list(Path(f"/proc/{pid}/task").iterdir())) <= 1
-    except FileNotFoundError:
-        return True
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def test_a_child_stays_warm_and_gets_its_environment() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from lors.errors import InputError
 from lors.scoring.metrics import score
-from lors.scoring.results import RESULT_COLUMNS, markdown_table, score_tables, summarise, text_table
+from lors.scoring.results import RESULT_COLUMNS, markdown_table, score_tables, summarise
 
 WORDS = ("uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho")
 Part = tuple[str, str]
@@ -177,16 +177,6 @@ def test_markdown_of_gaps_other_windows_and_odd_names(tables: dict[str, pd.DataF
     assert "| a\\|b | **" in text
     assert "| - |" in text
     assert "not all given the same window" in text
-
-
-def test_text_table_is_aligned(tables: dict[str, pd.DataFrame], results: pd.DataFrame) -> None:
-    lines = text_table(results, summarise(results, tables)).splitlines()
-    assert lines[0].startswith("system ")
-    dots = [[i for i, char in enumerate(line) if char == "."] for line in lines[1:5]]
-    assert dots[0]
-    assert all(columns == dots[0] for columns in dots)
-    assert "`" not in "".join(lines)
-    assert lines[3].count("*") == 6
 
 
 def test_tables_that_do_not_compare_are_refused(tables: dict[str, pd.DataFrame]) -> None:
