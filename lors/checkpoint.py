@@ -1,53 +1,28 @@
-"""Model folders: lazy, checked reads of (sharded) safetensors; atomic, verified writes of a Hugging Face folder."""
+"""Model folders, read: lazy, checked reads of (sharded) safetensors."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import MutableMapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from lors.errors import CheckpointError, InputError
-from lors.model_folder import CONFIG, INDEX, WEIGHTS, folder_digest, read_json, resolve_folder, weight_files
-from lors.store import sync_to_disk
+from lors.errors import CheckpointError
+from lors.model_folder import CONFIG, INDEX, folder_digest, read_json, resolve_folder, weight_files
+from lors.tensor_file import Entry, read_header, read_rows, reading, writing
 
 __all__ = [
     "Checkpoint",
     "check_compatible",
     "is_finite",
-    "write_model_folder",
     "writing",
 ]
 
 HEAD = "proj_out.weight"  # Whisper's output layer, and what it is tied to
 EMBEDDING = "model.decoder.embed_tokens.weight"
-COPIED_BYTES = 64 * 2**20  # a tokenizer is a few MB; anything above this is no text file of a model folder
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-class _Entry(NamedTuple):
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class Checkpoint:
@@ -66,9 +41,9 @@ class Checkpoint:
         self.hub_id = None if Path(source).is_dir() else str(source)
         self.label = self.hub_id or self.folder.resolve().name
         self.config: dict[str, Any] = read_json(self.folder / CONFIG)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         for file, expected in weight_files(self.folder).items():
-            entries = _read_header(file)
+            _, entries = read_header(file)
             if expected is not None and (lost := sorted(expected - entries.keys())):
                 raise CheckpointError(
                     f"{file} lacks the tensor {lost[0]} that {INDEX} places there; copy the model again"
@@ -86,7 +61,7 @@ class Checkpoint:
         if not {HEAD, EMBEDDING} <= self._entries.keys() or not self.config.get("tie_word_embeddings", True):
             return False
         head, embedding = self._entries[HEAD], self._entries[EMBEDDING]
-        return head[1:] == embedding[1:] and torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING))
+        return head[2:] == embedding[2:] and torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING))
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.label!r}, {len(self.names)} tensors, {self.parameters} parameters)"
@@ -109,8 +84,15 @@ class Checkpoint:
         """The tensor as stored (its own dtype), mapped from the file: do not write into it."""
         file = self._entries[name].file
         # Opened anew for each tensor (0.3 ms): a mapping that lives on would keep every page read so far resident.
-        with _reading(file), safe_open(file, framework="pt") as handle:
+        with reading(file), safe_open(file, framework="pt") as handle:
             return handle.get_tensor(name)  # type: ignore[no-any-return]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the first dimension, in the tensor's own dtype: a copy, which may be written into.
+
+        A tensor of no dimensions has one row, itself.
+        """
+        return read_rows(self._entries[name], start, stop)
 
     def check_finite(self) -> None:
         """Read every float tensor. Raises CheckpointError naming the first that holds NaN or infinity."""
@@ -156,146 +138,3 @@ def check_compatible(base: Checkpoint, expert: Checkpoint) -> None:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a float tensor of any shape has neither NaN nor infinity (one pass, no temporary)."""
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
-
-
-def write_model_folder(
-    out: Path,
-    base: Checkpoint,
-    tensors: Iterable[tuple[str, torch.Tensor]],  # each of base.float_names, in that order, in any float dtype
-    *,
-    title: str = "",
-    text: str = "",
-    provenance: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-) -> Checkpoint:
-    """Write a complete Hugging Face folder: weights in the base's dtypes, and all its small JSON and text files.
-
-    The folder appears at `out` in one rename, after every file was synced and every tensor read back and compared;
-    until then, and after any error, nothing is there. One shard is in memory at a time. README.md is a model card of
-    `title`, `text` (Markdown) and `provenance` (JSON).
-
-    Raises InputError: `out` is not writable or holds something; CheckpointError: a tensor is not finite in its dtype.
-    """
-    out = Path(out)
-    partial = out.absolute().parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    with writing(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} is already there and not empty; choose another output folder or remove it")
-        partial.mkdir(parents=True)
-    try:
-        with writing(out):
-            _copy_side_files(base, partial)
-            (partial / "README.md").write_text(_card(base, title or out.name, text, provenance or {}), encoding="utf-8")
-        _write_weights(partial, base, tensors, max_shard_bytes)
-        check_compatible(base, Checkpoint(partial))
-        with writing(out):
-            for path in (*partial.iterdir(), partial):
-                sync_to_disk(path)
-            partial.rename(out)
-            sync_to_disk(out.absolute().parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return Checkpoint(out)
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Turns a failed write into the user's InputError naming `out`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"cannot write {out} ({reason}); choose a place that is writable and has room") from error
-
-
-def _write_weights(
-    folder: Path, base: Checkpoint, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
-) -> None:
-    given = iter(tensors)
-    shards = _plan_shards(base, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = folder / (WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-        block = {name: _output_tensor(base, name, given) for name in names}
-        with writing(file):
-            save_file(block, file, metadata={"format": "pt"})
-            file.chmod((folder / CONFIG).stat().st_mode)  # safetensors writes files that only their owner may read
-        with safe_open(file, framework="pt") as written:
-            for name, tensor in block.items():
-                if not torch.equal(written.get_tensor(name), tensor):
-                    raise InputError(
-                        f"the tensor {name} read back from {file} differs from what was written; check the disk"
-                    )
-        weight_map |= dict.fromkeys(names, file.name)
-    assert next(given, None) is None, "more tensors than the base has"
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(map(base.bytes, base.names))}, "weight_map": weight_map}
-        with writing(folder):
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _plan_shards(base: Checkpoint, limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in base.names:
-        if shards[-1] and size + base.bytes(name) > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += base.bytes(name)
-    return shards
-
-
-def _output_tensor(base: Checkpoint, name: str, given: Iterator[tuple[str, torch.Tensor]]) -> torch.Tensor:
-    dtype = base.dtype(name)
-    if not dtype.is_floating_point:
-        return base.tensor(name)
-    found, tensor = next(given, ("nothing", torch.empty(0)))
-    assert (found, tuple(tensor.shape)) == (name, base.shape(name)), f"expected {name}, got {found}"
-    tensor = tensor.to(dtype).contiguous()
-    if not is_finite(tensor):
-        raise CheckpointError(
-            f"the tensor {name} is not finite as {dtype}; use a smaller scaling coefficient or a float32 base"
-        )
-    return tensor
-
-
-def _copy_side_files(base: Checkpoint, folder: Path) -> None:
-    for path in sorted(base.folder.iterdir()):
-        small = path.is_file() and path.stat().st_size <= COPIED_BYTES
-        if small and path.suffix in {".json", ".txt"} and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
-
-
-def _card(base: Checkpoint, title: str, text: str, provenance: Mapping[str, Any]) -> str:
-    head = ["library_name: transformers", "pipeline_tag: automatic-speech-recognition", "tags: [lors, merge]"]
-    if base.hub_id:
-        head.append(f"base_model: {base.hub_id}")
-    record = json.dumps({"base": base.label, **provenance}, indent=2, sort_keys=True, ensure_ascii=False)
-    parts = ["\n".join(["---", *head, "---"]), f"# {title}", text.strip(), f"## Provenance\n\n```json\n{record}\n```"]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _read_header(file: Path) -> dict[str, _Entry]:
-    entries = {}
-    with _reading(file), safe_open(file, framework="pt") as handle:
-        for name in handle.keys():  # noqa: SIM118 (the handle is not iterable)
-            part = handle.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                raise CheckpointError(
-                    f"the tensor {name} in {file} is {part.get_dtype()}, a quantised dtype; "
-                    f"give the model before quantisation"
-                )
-            entries[name] = _Entry(file, tuple(part.get_shape()), DTYPES[part.get_dtype()])
-    return entries
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read as safetensors ({error}); it is corrupt or cut off: copy it again"
-        ) from error

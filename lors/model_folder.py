@@ -5,14 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from lors.errors import CheckpointError
 from lors.store import file_digest
 
-__all__ = ["CONFIG", "INDEX", "WEIGHTS", "folder_digest", "read_json", "resolve_folder", "weight_files"]
+__all__ = [
+    "CONFIG",
+    "INDEX",
+    "WEIGHTS",
+    "DigestsAhead",
+    "folder_digest",
+    "read_json",
+    "resolve_folder",
+    "weight_files",
+]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,6 +63,32 @@ def folder_digest(folder: Path, memo: MutableMapping[str, str] | None = None) ->
     files = [*sorted(weight_files(folder)), folder / CONFIG]
     lines = (f"{file.name} {file_digest(file, memo)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+class DigestsAhead(dict[str, str]):
+    """A memo of digests that a thread computes, while the caller imports torch, say; to ask it is to wait for them.
+
+    What is not there, or cannot be read, it leaves to be found out where it is used.
+    """
+
+    def __init__(self, sources: Iterable[str | Path]) -> None:  # model folders and files
+        super().__init__()
+        self._thread = Thread(target=self._fill, args=(list(sources),), daemon=True)
+        self._thread.start()
+
+    def _fill(self, sources: Iterable[str | Path]) -> None:
+        found: dict[str, str] = {}
+        for source in map(Path, sources):
+            with suppress(CheckpointError, OSError):
+                if source.is_dir():
+                    folder_digest(source, found)
+                elif source.is_file():
+                    file_digest(source, found)
+        self.update(found)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._thread.join()
+        return super().get(key, default)
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:

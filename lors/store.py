@@ -50,6 +50,7 @@ __all__ = [
 FORMAT = 1
 # A file changed twice within a tick of the kernel's clock (at most 10 ms on Linux) keeps its mtime; memoise older ones.
 SETTLED_NS = 20_000_000
+HASHED_AT_ONCE = 2**24  # bytes; a thread that hashes waits for Python's lock between two such pieces
 
 _logger = logging.getLogger(__name__)
 _STAGE = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -440,8 +441,11 @@ def file_digest(path: Path, memo: MutableMapping[str, str] | None = None) -> str
     `memo` (a dict, or `Memo` to keep it) spares the reading while size, mtime, ctime and inode are as they were.
     """
     if memo is None:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest, buffer = hashlib.sha256(), bytearray(min(HASHED_AT_ONCE, path.stat().st_size + 1))
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+        return digest.hexdigest()
     name, started, before = str(path), time.time_ns(), path.stat()
     known = memo.get(name, "")
     if known.startswith(f"{_stamp(before)} "):

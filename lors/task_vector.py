@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
+from lors.blocks import as_rows, row_blocks
 from lors.checkpoint import Checkpoint, check_compatible, is_finite
 from lors.errors import CheckpointError
 
-__all__ = ["TaskVector", "apply", "extract"]
+__all__ = ["Deltas", "TaskVector", "apply", "extract"]
+
+
+class Deltas(Protocol):
+    """A task vector that is read by tensor: a TaskVector, a DeltaFile."""
+
+    names: tuple[str, ...]
+
+    def delta(self, name: str) -> torch.Tensor: ...
 
 
 class TaskVector:
@@ -31,9 +41,25 @@ class TaskVector:
 
     def delta(self, name: str) -> torch.Tensor:
         """Expert minus base, float32, in the tensor's shape. Raises CheckpointError where either is not finite."""
-        base, expert = self.base.tensor(name), self.expert.tensor(name)
-        wide = torch.promote_types(torch.promote_types(base.dtype, expert.dtype), torch.float32)
-        delta = (expert.to(wide) - base.to(wide)).float()
+        shape = self.base.shape(name)
+        delta = torch.empty(shape)
+        for start, stop in row_blocks(shape):
+            as_rows(delta)[start:stop] = self.rows(name, start, stop)
+        return delta
+
+    def rows(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        base: torch.Tensor | None = None,  # these rows of the base, float32 or float64, where the caller has them
+    ) -> torch.Tensor:
+        """Rows [start, stop) of the delta's first dimension: float32, or float64 where `base` is.
+
+        float64 is exact where base and expert, float32 or narrower, are within a factor of 2^29. Raises as `delta`.
+        """
+        base = self.base.rows(name, start, stop).float() if base is None else base
+        delta = self.expert.rows(name, start, stop).to(base.dtype).sub_(base)
         if not is_finite(delta):
             self.base.require_finite(name, base)
             self.expert.require_finite(name, delta)
@@ -48,14 +74,13 @@ def extract(base: Checkpoint, expert: Checkpoint) -> Iterator[tuple[str, torch.T
 
 def apply(
     base: torch.Tensor,  # any shape, any float dtype
-    tau: torch.Tensor,  # same shape, float32: a delta, or several merged
+    tau: torch.Tensor,  # same shape, float32 or float64: a delta, or several merged
     scaling: float,  # the scaling coefficient lambda
 ) -> torch.Tensor:
-    """base + scaling * tau, computed in float32 (float64 for a float64 base) and cast once to the base's dtype.
+    """base + scaling * tau, computed in float64 and cast once to the base's dtype.
 
     Scaling 0 returns the base itself, bit for bit (the sum would turn -0.0 into 0.0).
     """
     if scaling == 0:
         return base
-    wide = torch.promote_types(base.dtype, torch.float32)
-    return torch.add(base.to(wide), tau, alpha=scaling).to(base.dtype)
+    return tau.double().mul(scaling).add_(base).to(base.dtype)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lors.checkpoint import HEAD, Checkpoint, check_compatible, is_finite, write_model_folder
-from lors.errors import CheckpointError, InputError
+from lors.checkpoint import HEAD, Checkpoint, check_compatible, is_finite
+from lors.errors import CheckpointError
 from lors.store import SETTLED_NS
 
 
@@ -169,76 +169,3 @@ def test_compatible_names_tensor_and_both_shapes(tiny_whisper_folder, tensor_fol
         )
     with pytest.raises(CheckpointError, match=r"the tensor a is torch.int64 in three but torch.float32 in one"):
         check_compatible(Checkpoint(one), Checkpoint(tensor_folder("three", {"a": torch.ones(2, dtype=torch.int64)})))
-
-
-@pytest.mark.parametrize("options", [{}, {"sharded": True, "dtype": torch.bfloat16}, {"tied": False}])
-def test_written_folder_is_complete_and_loads(tiny_whisper_folder, tmp_path, options):
-    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
-
-    base = Checkpoint(tiny_whisper_folder(**options))
-    out = tmp_path / "deep" / "out"
-    wide = ((name, tensor.double()) for name, tensor in tensors_of(base))
-    limit = 6000 if options.get("sharded") else 5_000_000_000
-    written = write_model_folder(out, base, wide, text="Merged.", provenance={"seed": 7}, max_shard_bytes=limit)
-    assert everything_in(out.parent) == ["out"]
-    assert len(written.weight_files) == (3 if options.get("sharded") else 1)
-    for file in written.weight_files:
-        assert file.stat().st_mode == (out / "config.json").stat().st_mode
-    side = {path.name for path in base.folder.iterdir() if "safetensors" not in path.name}
-    assert side < {*everything_in(out)}
-    assert {"README.md", "generation_config.json", "preprocessor_config.json", "merges.txt"} < {*everything_in(out)}
-    assert written.names == base.names
-    for name in base.names:
-        assert written.dtype(name) == base.dtype(name)
-        assert torch.equal(written.tensor(name), base.tensor(name))
-    card = (out / "README.md").read_text()
-    assert "Merged." in card
-    assert '"seed": 7' in card
-    assert str(tmp_path) not in card
-    model = WhisperForConditionalGeneration.from_pretrained(out, dtype="auto")
-    assert (model.proj_out.weight is model.model.decoder.embed_tokens.weight) == options.get("tied", True)
-    assert WhisperFeatureExtractor.from_pretrained(out).feature_size == 8
-    same = tmp_path / "same"
-    write_model_folder(same, base, tensors_of(base), text="Merged.", provenance={"seed": 7}, max_shard_bytes=limit)
-    assert Checkpoint(same).digest() == written.digest()
-
-
-def test_buffers_that_are_not_float_come_from_the_base(tensor_folder, tmp_path):
-    base = Checkpoint(tensor_folder("base", {"a": torch.ones(2), "steps": torch.arange(3)}))
-    written = write_model_folder(tmp_path / "out", base, [("a", torch.full((2,), 5.0))])
-    assert written.tensor("a").tolist() == [5, 5]
-    assert written.tensor("steps").tolist() == [0, 1, 2]
-
-
-def test_interrupted_write_leaves_nothing(tiny_whisper_folder, tmp_path):
-    base = Checkpoint(tiny_whisper_folder())
-
-    def interrupted():
-        yield from tensors_of(base)[:5]
-        assert any(path.name.endswith(".partial") for path in tmp_path.iterdir())
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_model_folder(tmp_path / "out", base, interrupted(), max_shard_bytes=4000)
-    assert everything_in(tmp_path) == []
-
-
-def test_refuses_an_output_that_is_not_empty_or_cannot_be_made(tiny_whisper_folder, tmp_path):
-    base = Checkpoint(tiny_whisper_folder())
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    with pytest.raises(InputError, match="already there and not empty"):
-        write_model_folder(tmp_path / "full", base, tensors_of(base))
-    assert everything_in(tmp_path / "full") == ["file"]
-    with pytest.raises(InputError, match=r"cannot write .*out"):
-        write_model_folder(tmp_path / "full" / "file" / "out", base, tensors_of(base))
-    (tmp_path / "empty").mkdir()
-    write_model_folder(tmp_path / "empty", base, tensors_of(base))
-    assert everything_in(tmp_path) == ["empty", "full"]
-
-
-def test_refuses_values_that_overflow_the_base_dtype(tensor_folder, tmp_path):
-    base = Checkpoint(tensor_folder("base", {"a": torch.ones(2, dtype=torch.float16)}))
-    with pytest.raises(CheckpointError, match=r"tensor a is not finite as torch.float16"):
-        write_model_folder(tmp_path / "out", base, [("a", torch.full((2,), 70000.0))])
-    assert everything_in(tmp_path) == ["base"]
