@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["COMPOSITIONS", "Composition", "PruneSettings"]
+from lors.groups import in_group, overrides
+
+__all__ = ["COMPOSITIONS", "DTYPES", "Composition", "Dtype", "PruneGroup", "PruneSettings"]
 
 Composition = Literal["additive", "sequential", "low_rank", "sparse"]
 COMPOSITIONS: tuple[Composition, ...] = get_args(Composition)
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+"""What a compact expert is stored in; int8 holds for the factors, with bfloat16 for the rest."""
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+
+class PruneGroup(BaseModel):
+    """What LoRS keeps of one group of parameters, where that differs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    rank_ratio: float | None = Field(default=None, gt=0, le=1)
+    """Rank over the short side, in (0, 1]; left out, that of the whole model."""
+    density: float | None = Field(default=None, gt=0, le=1)
+    """Fraction of a tensor's entries that the sparse part keeps, in (0, 1]; left out, that of the whole model."""
 
 
 class PruneSettings(BaseModel):
@@ -24,14 +39,18 @@ class PruneSettings(BaseModel):
     """Rank over the short side, in (0, 1]."""
     density: float = Field(default=0.1, gt=0, le=1)
     """Fraction of a tensor's entries that the sparse part keeps, in (0, 1]."""
+    groups: dict[str, PruneGroup] = {}
+    """Other rank ratios and densities for the named groups encoder, decoder, embeddings, positions, convolutions, or \
+for glob patterns over parameter names; where a parameter is in several, the last one written wins."""
     refinements: int = Field(default=0, ge=0)
     """Alternations L = svd_r(D - S), S = topk(D - L) after the first (GoDec, Zhou and Tao 2011); additive only."""
     vectors: Literal["keep", "drop"] = "keep"
     """Tensors of fewer than two dimensions (biases, layer norms): kept whole, or dropped (delta 0)."""
     include: tuple[str, ...] = ("*",)
-    """Glob patterns over parameter names: what matches none of them is left out of pruning: its delta is kept whole."""
+    """Named groups, or glob patterns over parameter names: what is in none of them is left out of pruning: its delta \
+is kept whole."""
     exclude: tuple[str, ...] = ()
-    """Glob patterns over parameter names: what matches one is kept whole too, whatever include says."""
+    """Named groups, or glob patterns over parameter names: what is in one is kept whole too, whatever include says."""
 
     @model_validator(mode="after")
     def _refinements_are_additive(self) -> PruneSettings:
@@ -39,10 +58,15 @@ class PruneSettings(BaseModel):
             raise ValueError(f"refinements need the composition additive, not {self.composition}; set refinements to 0")
         return self
 
-    def prunes(self, name: str) -> bool:
-        """Whether the parameter `name` takes part; one that does not is kept whole."""
-        return _matches(name, self.include) and not _matches(name, self.exclude)
+    def prunes(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter takes part; one that does not is kept whole."""
+        return any(in_group(group, name, shape) for group in self.include) and not any(
+            in_group(group, name, shape) for group in self.exclude
+        )
 
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    def of(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        """(rank_ratio, density) of a parameter."""
+        own = overrides(
+            {group: settings.model_dump(exclude_none=True) for group, settings in self.groups.items()}, name, shape
+        )
+        return own.get("rank_ratio", self.rank_ratio), own.get("density", self.density)
