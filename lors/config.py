@@ -21,7 +21,8 @@ from pydantic import (
     field_validator,
 )
 
-from lors.errors import ConfigError
+from lors.errors import ConfigError, InputError
+from lors.merging.recipe import Group, Recipe
 from lors.prune_settings import PruneSettings
 
 __all__ = [
@@ -185,11 +186,26 @@ class Merge(_Section):
     """The scaling coefficient: a number, or a search."""
     weights: dict[str, float] = {}
     """Merge weight by expert (`es-transcribe`) or language (`es`); 1 where none is given."""
+    parameters: dict[str, dict[str, Any]] = {}
+    """Parameters by method, as in `{ties: {density: 0.1}}`; also of the methods of `compare`."""
+    groups: dict[str, Group] = {}
+    """Other settings for named groups of parameters (`lors merge --list`) or glob patterns; a later group wins."""
 
     @field_validator("method")
     @classmethod
     def _known_method(cls, name: str) -> str:
         return _known_method(name)
+
+    @pydantic.model_validator(mode="after")
+    def _known_parameters(self) -> Merge:
+        from lors.merging.registry import make_recipe
+
+        for method, values in self.parameters.items():
+            try:
+                make_recipe(_known_method(method), values)
+            except InputError as error:
+                raise ValueError(f"parameters: {error}") from error
+        return self
 
 
 def _known_method(name: str) -> str:
@@ -312,6 +328,17 @@ class Experiment(_Section):
     def systems(self) -> tuple[str, ...]:
         """The merged systems: the method of `merge`, then those of `compare`."""
         return tuple(dict.fromkeys((self.merge.method, *self.compare)))
+
+    def recipe(self, method: str) -> Recipe:
+        """How a method merges here: its parameters, LoRS as in `prune`, the groups of `merge`."""
+        from lors.merging.registry import METHODS, make_recipe
+
+        return make_recipe(
+            method,
+            self.merge.parameters.get(method),
+            prune=self.prune if METHODS[method].prunes else None,
+            groups=self.merge.groups,
+        )
 
     def weight(self, expert: Expert) -> float:
         """The merge weight of an expert."""

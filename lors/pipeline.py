@@ -21,8 +21,10 @@ from typing import Any
 from lors.config import Experiment, Expert, ManifestCorpora, ScalingSearch
 from lors.errors import CheckpointError, ConfigError
 from lors.isolate import Slots
+from lors.merging.recipe import Recipe
 from lors.merging.registry import METHODS
 from lors.model_folder import folder_digest, read_json, resolve_folder
+from lors.prune_settings import PruneSettings
 from lors.speech.corpus import SPLITS
 from lors.starter import MODEL_FOLDER
 from lors.store import Artifact, Memo, Store, file_digest, step_key
@@ -32,12 +34,12 @@ __all__ = ["VERSIONS", "PlannedStep", "Source", "Step", "Workspace", "build_step
 VERSIONS = {
     "prepare_split": 1,
     "fine_tune": 1,
-    "extract_task_vector": 1,
-    "prune_task_vector": 1,
-    "combine_task_vectors": 1,
-    "score_scaling": 1,
+    "extract_task_vector": 2,
+    "prune_task_vector": 2,
+    "combine_task_vectors": 2,
+    "score_scaling": 2,
     "select_scaling": 1,
-    "write_model": 1,
+    "write_model": 2,
     "evaluate_model": 1,
     "score_systems": 1,
 }
@@ -188,11 +190,13 @@ class _Builder:
         evaluations = {f"base-{language}": self.evaluate("base", language, corpora) for language in corpora}
         for expert in experiment.experts:
             evaluations[f"experts-{expert.id}"] = self.evaluate_expert(expert, corpora)
-        pruned: dict[Expert, str] = {}
-        if any(METHODS[method].prunes for method in experiment.systems):
-            pruned = {expert: self.prune(expert, vector) for expert, vector in vectors.items()}
         for method in experiment.systems:
-            self.merge(method, pruned if METHODS[method].prunes else vectors, corpora)
+            recipe = experiment.recipe(method)
+            if settings := recipe.pruning:
+                pruned = {expert: self.prune(expert, vector, method, settings) for expert, vector in vectors.items()}
+                self.merge(recipe, pruned, corpora)
+            else:
+                self.merge(recipe, vectors, corpora)
             for language in corpora:
                 evaluations[f"{method}-{language}"] = self.evaluate(method, language, corpora)
         self.add(
@@ -256,22 +260,24 @@ class _Builder:
             **about,
         )
 
-    def prune(self, expert: Expert, vector: str) -> str:
+    def prune(self, expert: Expert, vector: str, method: str, settings: PruneSettings) -> str:
         return self.add(
-            f"prune {expert.id}",
+            f"prune {expert.id}" if method == "lors" else f"prune {expert.id} as {method}",
             "prune_task_vector",
-            self.experiment.prune.model_dump(),
+            settings.model_dump(mode="json"),
             inputs={"task_vector": Source(vector)},
             language=expert.language,
             task=expert.task,
         )
 
-    def merge(self, method: str, vectors: Mapping[Expert, str], corpora: Mapping[str, Corpus]) -> None:
-        experiment = self.experiment
+    def merge(self, recipe: Recipe, vectors: Mapping[Expert, str], corpora: Mapping[str, Corpus]) -> None:
+        experiment, method = self.experiment, recipe.method
+        combining = recipe.model_dump(mode="json", exclude={"scaling"})
+        scales = {"groups": combining["groups"]}
         combined = self.add(
             f"combine {method}",
             "combine_task_vectors",
-            {"method": method, "weights": {expert.id: experiment.weight(expert) for expert in vectors}},
+            {"recipe": combining, "weights": {expert.id: experiment.weight(expert) for expert in vectors}},
             inputs={expert.id: Source(step) for expert, step in vectors.items()},
             **self.on_base,
         )
@@ -287,6 +293,7 @@ class _Builder:
                         "metric": scaling.metric,
                         "tasks": experiment.tasks,
                         "languages": experiment.languages,
+                        **scales,
                         **experiment.evaluate.model_dump(),
                     },
                     inputs={
@@ -298,7 +305,7 @@ class _Builder:
                 points[f"{value:.15g}"] = Source(name)
             chosen: float | None = None
         elif isinstance(scaling, ScalingSearch) or not METHODS[method].searches_scaling:
-            chosen = METHODS[method].scaling_default
+            chosen = recipe.scaling
         else:
             chosen = scaling
         selected = self.add(
@@ -307,7 +314,7 @@ class _Builder:
         self.add(
             f"write {method}",
             "write_model",
-            {"method": method},
+            {"method": method, **scales},
             inputs={"combined": Source(combined), "scaling": Source(selected)},
             **self.on_base,
         )

@@ -130,17 +130,19 @@ def prune_task_vector(
 
 
 def combine_task_vectors(
-    settings: Mapping[str, Any], inputs: Mapping[str, str], places: Mapping[str, Any], out: str, **_: Any
+    settings: Mapping[str, Any], inputs: Mapping[str, str], places: Mapping[str, Any], out: str, threads: int, **_: Any
 ) -> dict[str, Any]:
     """The experts' task vectors as one, before the scaling coefficient."""
     from lors.checkpoint import Checkpoint
     from lors.delta_file import DeltaFile, write_dense
-    from lors.merging import combine_files, get_method
+    from lors.merging.engine import Merger
+    from lors.merging.recipe import Recipe
 
     base = Checkpoint(places["base"])
     vectors = {expert: DeltaFile(Path(folder) / _VECTOR) for expert, folder in inputs.items()}
-    deltas = combine_files(base, vectors, get_method(settings["method"]), settings["weights"])
-    write_dense(Path(out) / _VECTOR, deltas, base_digest=base.digest())
+    recipe = Recipe.model_validate(settings["recipe"])
+    with Merger(base, vectors, recipe, settings["weights"], workers=threads, scratch=Path(out)) as merger:
+        write_dense(Path(out) / _VECTOR, merger.deltas(), base_digest=base.digest())
     return {"experts": len(vectors)}
 
 
@@ -156,7 +158,7 @@ def score_scaling(
     """One point of the search: the error of base + scaling * combined on the validation splits."""
     from lors.speech.corpus import read_split
 
-    model, processor = _load_merged(places["base"], inputs["combined"], settings["scaling"], threads)
+    model, processor = _load_merged(places["base"], inputs["combined"], settings, threads)
     measure = _validation_loss if settings["metric"] == "loss" else _validation_error
     errors: dict[str, float] = {}
     for number, language in enumerate(settings["languages"]):
@@ -222,8 +224,9 @@ def write_model(
     **_: Any,
 ) -> dict[str, Any]:
     """The merged model: a complete Hugging Face folder in the base's dtypes."""
-    from lors.checkpoint import Checkpoint, write_model_folder
+    from lors.checkpoint import Checkpoint
     from lors.merging import get_method
+    from lors.model_writer import write_model_folder
 
     scaling = json.loads((Path(inputs["scaling"]) / "scaling.json").read_text())["scaling"]
     method = get_method(settings["method"])
@@ -231,7 +234,7 @@ def write_model(
     written = write_model_folder(
         Path(out),
         base,
-        _merged(places["base"], inputs["combined"], scaling),
+        _merged(places["base"], inputs["combined"], {**settings, "scaling": scaling}),
         title=f"Merged by {method.name}",
         text=f"`{method.formula}` with scaling coefficient {scaling:g} ({method.reference}).",
         provenance={"method": method.name, "scaling": scaling, "digests": dict(digests)},
@@ -305,23 +308,27 @@ def _load(folder: str, threads: int) -> tuple[Any, Any]:
     return load_model(Path(folder), device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load_merged(base: str, combined: str, scaling: float, threads: int) -> tuple[Any, Any]:
+def _load_merged(base: str, combined: str, settings: Mapping[str, Any], threads: int) -> tuple[Any, Any]:
     """What `_load` gives of the folder that `write_model` makes, without writing it."""
     model, processor = _load(base, threads)
-    merged = {name: tensor.float() for name, tensor in _merged(base, combined, scaling)}
+    merged = {name: tensor.float() for name, tensor in _merged(base, combined, settings)}
     odd = model.load_state_dict(merged, strict=False).unexpected_keys
     assert not odd, f"the search would score a model without its merged {odd[0]}"
     return model, processor
 
 
-def _merged(base: str, combined: str, scaling: float) -> Iterator[tuple[str, Any]]:
+def _merged(base: str, combined: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """(name, base + scaling * delta in the base's dtype) for every float tensor: the search and the result share it."""
     from lors.checkpoint import Checkpoint
     from lors.delta_file import DeltaFile
+    from lors.merging.recipe import Recipe
     from lors.task_vector import apply
 
     checkpoint, vector = Checkpoint(base), DeltaFile(Path(combined) / _VECTOR)
-    return ((name, apply(checkpoint.tensor(name), vector.delta(name), scaling)) for name in checkpoint.float_names)
+    recipe = Recipe(scaling=settings["scaling"], groups=settings["groups"])
+    for name in checkpoint.float_names:
+        scaling = recipe.scaling_of(name, checkpoint.shape(name))
+        yield name, apply(checkpoint.tensor(name), vector.delta(name), scaling)
 
 
 def _decoding(settings: Mapping[str, Any]) -> dict[str, Any]:

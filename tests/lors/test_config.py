@@ -117,6 +117,9 @@ def test_unknown_key_goes_before_its_consequences() -> None:
             "merge.weights names 'es-transcrib', which is no expert, did ",
         ),
         ({"merge": {"weights": {"de": 1}}}, "merge.weights names 'de', which is no expert"),
+        ({"merge": {"parameters": {"ties": {"densty": 1}}}}, "merge: parameters: ties has no parameter 'densty'"),
+        ({"merge": {"parameters": {"tise": {}}}}, "merge: 'tise' is not a merging method, did you mean"),
+        ({"merge": {"groups": {"encoder": {"scalng": 1}}}}, "unknown key 'merge.groups.encoder.scalng', did you mean"),
         ({"corpora": {}}, "corpora.source is missing: say manifest or synthetic"),
         ({"corpora": {"source": "cloud"}}, "corpora.source must be manifest or synthetic, not 'cloud'"),
         ({"corpora": None}, "corpora should be a mapping, not None"),
@@ -275,3 +278,14 @@ def test_weights_by_expert_go_before_those_by_language() -> None:
         "fr-transcribe": 1.0,
         "fr-translate": 1.0,
     }
+
+
+def test_a_recipe_holds_the_parameters_and_the_groups() -> None:
+    merge = {"parameters": {"ties": {"density": 0.3}}, "groups": {"encoder": {"rank_ratio": 0.05, "scaling": 0.2}}}
+    loaded = parse_experiment(experiment(merge=merge, compare=["ties", "sparse"], prune={"density": 0.2}))
+    assert loaded.recipe("ties").steps[0].density == 0.3  # type: ignore[union-attr]
+    pruning = loaded.recipe("sparse").pruning
+    assert pruning is not None
+    assert (pruning.composition, pruning.density) == ("sparse", 0.2)
+    assert pruning.of("model.encoder.fc1.weight", (8, 8)) == (0.05, 0.2)
+    assert loaded.recipe("lors").scaling_of("model.encoder.fc1.weight", (8, 8)) == 0.2

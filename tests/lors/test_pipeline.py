@@ -312,3 +312,18 @@ def test_what_is_wrong_with_a_corpus_is_said(make: Make, store: Store, tmp_path:
     with pytest.raises(CorpusError, match=r"fr/validation\.jsonl"):
         build_steps(make(), store)
     assert issubclass(CorpusError, InputError)
+
+
+def test_a_method_s_parameters_are_its_own(make: Make, store: Store) -> None:
+    compare = ["ties", "sparse"]
+    finish(make(compare=compare), store)
+    merge = {"scaling": {"search": [0.2, 0.5]}, "parameters": {"ties": {"density": 0.3}}}
+    assert to_run(make(compare=compare, merge=merge), store) == merging("ties")
+    grouped = {"scaling": {"search": [0.2, 0.5]}, "groups": {"encoder": {"scaling": 0.1}}}
+    assert to_run(make(compare=compare, merge=grouped), store) == merging("lors", "ties", "sparse")
+    ranked = {"scaling": {"search": [0.2, 0.5]}, "groups": {"encoder": {"rank_ratio": 0.3}}}
+    assert {f"prune {expert}" for expert in EXPERTS} < to_run(make(compare=compare, merge=ranked), store)
+    pruned = {f"prune {expert}{suffix}" for expert in EXPERTS for suffix in ("", " as sparse")}
+    assert to_run(make(compare=compare, prune={"density": 0.3}), store) == pruned | merging("lors", "sparse")
+    settings = build_steps(make(compare=compare), store)["prune es-translate as sparse"].settings
+    assert settings["composition"] == "sparse"

@@ -35,6 +35,9 @@ def nothing(event: Any) -> None:
     """Take no notice of progress."""
 
 
+GROUPS = {"encoder": {"scaling": 0.1}, "embeddings": {"exclude": True}}
+
+
 def folder(path: Path) -> Path:
     path.mkdir(parents=True)
     return path
@@ -64,20 +67,21 @@ def test_the_search_scores_the_very_model_that_is_written(half: bool, combined: 
     scaling = folder(tmp_path / "scaling")
     (scaling / "scaling.json").write_text(json.dumps({"scaling": 0.37}))
     written = stages.write_model(
-        settings={"method": "lors"},
+        settings={"method": "lors", "groups": GROUPS},
         inputs={"combined": str(combined), "scaling": str(scaling)},
         places={"base": base},
         digests={"combined": "0" * 64},
         out=str(folder(tmp_path / "out")),
     )
     assert written["scaling"] == 0.37
-    searched, _ = stages._load_merged(base, str(combined), 0.37, threads=1)
+    searched, _ = stages._load_merged(base, str(combined), {"scaling": 0.37, "groups": GROUPS}, threads=1)
     model, processor = load_model(tmp_path / "out")
     mine, theirs = searched.state_dict(), model.state_dict()
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
     original, _ = load_model(Path(base))
     assert not torch.equal(original.model.encoder.conv1.weight, model.model.encoder.conv1.weight)
+    assert torch.equal(original.model.decoder.embed_tokens.weight, model.model.decoder.embed_tokens.weight)
     assert processor.tokenizer.convert_tokens_to_ids("<|es|>") == original.generation_config.lang_to_id["<|es|>"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert get_method("lors").reference in card
@@ -156,7 +160,7 @@ def test_a_point_of_the_search_is_the_mean_of_its_languages_and_tasks(
     split(tmp_path / "es", "validation", 2)
     out = folder(tmp_path / "out")
     settings = {"scaling": 0.2, "metric": metric, "tasks": ["transcribe", "translate"], "languages": ["es"]}
-    settings |= {"beams": 1, "window": "auto", "batch_seconds": 20.0, "normaliser": "lors"}
+    settings |= {"beams": 1, "window": "auto", "batch_seconds": 20.0, "normaliser": "lors", "groups": {}}
     inputs = {"combined": str(combined), "corpus-es": str(tmp_path / "es")}
     done = stages.score_scaling(settings, inputs, {"base": BASE}, str(out), threads=1, report=nothing)
     point = json.loads((out / "point.json").read_text())
