@@ -1,4 +1,4 @@
-"""The command line: `lors run | plan | doctor | merge`. Prefect is imported by `run` alone."""
+"""The command line: `lors run | plan | doctor`, and those of `flows.checkpoints`. Only `run` imports Prefect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lors.errors import ConfigError, InputError, LorsError
+from flows.checkpoints import add_commands
+from lors.errors import InputError, LorsError
 
 __all__ = ["main"]
 
@@ -53,12 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lors", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], summary: str, example: str) -> Any:
+    def add(name: str, command: Callable[[argparse.Namespace], int], summary: str, *examples: str) -> Any:
         made = commands.add_parser(
             name,
             help=summary,
             description=summary,
-            epilog=f"example:\n  {example}",
+            epilog="\n".join(["for example:", *(f"  {example}" for example in examples)]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         made.set_defaults(command=command)
@@ -96,33 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         "lors doctor deployments/demo.yaml",
     )
     doctor.add_argument("file", type=Path, metavar="FILE", nargs="?", help="check what this experiment needs, too")
-    merge = add(
-        "merge",
-        _merge,
-        "Merge fine-tuned checkpoints (or compact experts) into their base; no training, no Prefect.",
-        "lors merge --base openai/whisper-small --expert es=runs/es --expert fr=runs/fr --out merged --scaling 0.5",
-    )
-    _add_merge(merge)
+    add_commands(add)
     return parser
-
-
-def _add_merge(merge: Any) -> None:
-    merge.add_argument("--list", action="store_true", help="list the methods and stop")
-    merge.add_argument("--base", metavar="MODEL", help="the model the experts were fine-tuned from: folder or hub id")
-    merge.add_argument(
-        "--expert", action="append", default=[], metavar="[ID=]MODEL", help="a folder, hub id or compact expert; repeat"
-    )
-    merge.add_argument("--out", type=Path, metavar="FOLDER", help="the merged model; must not exist or be empty")
-    merge.add_argument("--method", default="lors", help="see --list (default: lors)")
-    merge.add_argument("--scaling", type=float, metavar="LAMBDA", help="scaling coefficient (default: the method's)")
-    merge.add_argument("--weight", action="append", default=[], metavar="ID=W", help="merge weight of an expert")
-    merge.add_argument("--composition", choices=("additive", "sequential", "low_rank", "sparse"))
-    merge.add_argument("--rank-ratio", type=float, metavar="R", help="rank over the shorter side, in (0, 1]")
-    merge.add_argument("--density", type=float, metavar="D", help="fraction of entries that the sparse part keeps")
-    merge.add_argument("--refinements", type=int, metavar="K", help="alternations of both fits (additive only)")
-    merge.add_argument("--vectors", choices=("keep", "drop"), help="1-D tensors")
-    merge.add_argument("--include", action="append", metavar="GLOB", help="prune only these parameters; repeat")
-    merge.add_argument("--exclude", action="append", metavar="GLOB", help="keep these parameters' deltas whole; repeat")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -199,117 +175,6 @@ def _doctor(options: argparse.Namespace) -> int:
             if not check.ok:
                 print(f"      {'':<16} -> {check.next}")
     return 0 if all(check.ok for check in checks) else 1
-
-
-def _merge(options: argparse.Namespace) -> int:
-    from lors.merging import METHODS
-
-    if options.list:
-        if options.json:
-            rows = [{"name": m.name, "formula": m.formula, "reference": m.reference} for m in METHODS.values()]
-            print(json.dumps(rows, indent=2))
-        else:
-            for method in METHODS.values():
-                print(f"{method.name}\n    {method.formula}\n    {method.reference}")
-        return 0
-    for name in ("base", "out"):
-        if getattr(options, name) is None:
-            raise InputError(f"--{name} is missing; see `lors merge --help`")
-
-    from lors.merging.folders import merge_folders
-
-    experts = _named_experts(options.expert)
-    with _bar("merging") as advance:
-        result = merge_folders(
-            _model(options.base),
-            experts,
-            options.out,
-            method=options.method,
-            prune=_prune_settings(options),
-            scaling=options.scaling,
-            weights=_weights(options.weight),
-            on_progress=advance,
-        )
-    facts = {
-        "out": str(result.out),
-        "method": result.method,
-        "scaling": result.scaling,
-        "weights": result.weights,
-        "parameters": result.parameters,
-        "retained_energy": result.retained_energy,
-        "digest": result.digest,
-        "seconds": round(result.seconds, 2),
-    }
-    if options.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        kept = "".join(f", {name} keeps {energy:.1%} of its energy" for name, energy in result.retained_energy.items())
-        print(
-            f"merged {len(experts)} experts by {result.method} with scaling {result.scaling:g} into {result.out} "
-            f"({result.parameters / 1e6:.1f} M parameters, {result.seconds:.1f} s{kept})"
-        )
-    return 0
-
-
-def _model(name: str) -> str | Path:
-    from lors.starter import MODEL_FOLDER
-
-    return MODEL_FOLDER if name == "starter" else name
-
-
-def _named_experts(given: Sequence[str]) -> dict[str, str]:
-    experts: dict[str, str] = {}
-    for text in given:
-        name, equals, place = text.partition("=")
-        if not equals:
-            name, place = Path(text).stem, text
-        if name in experts:
-            raise InputError(f"--expert: two experts are named {name!r}; name them, such as es={place}")
-        experts[name] = place
-    return experts
-
-
-def _weights(given: Sequence[str]) -> dict[str, float]:
-    weights = {}
-    for text in given:
-        name, _, value = text.partition("=")
-        try:
-            weights[name] = float(value)
-        except ValueError as error:
-            raise InputError(f"--weight {text!r} is not ID=NUMBER, such as es=0.5") from error
-    return weights
-
-
-def _prune_settings(options: argparse.Namespace) -> Any:
-    import pydantic
-
-    from lors.prune import PruneSettings
-
-    names = ("composition", "rank_ratio", "density", "refinements", "vectors", "include", "exclude")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    try:
-        return PruneSettings(**given) if given else None
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        setting = str(first["loc"][0]).replace("_", "-") if first["loc"] else "refinements"
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--{setting} {first['input'] if first['loc'] else ''}: {message}") from error
-
-
-def _bar(title: str) -> Any:
-    """A context manager that gives `advance(done, total)`: a bar in a terminal, nothing in a log."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    @contextmanager
-    def bar() -> Any:
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-            task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-
-    return bar()
 
 
 if __name__ == "__main__":

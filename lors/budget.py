@@ -24,7 +24,7 @@ from lors.low_rank import squared_norm, truncated_svd
 from lors.prune import TORCH_DTYPES, Dtype, Plan, PruneSettings
 from lors.sparse import count_for, packed_bytes
 
-__all__ = ["fit_budget", "parse_size"]
+__all__ = ["fit_budget", "parse_size", "room_to_prune"]
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Curve = npt.NDArray[np.float64]
@@ -62,30 +62,44 @@ def fit_budget(
     residuals are kept.
     Raises InputError, with the least size, where the budget does not hold what is not pruned.
     """
-    layout: dict[str, tuple[tuple[int, ...], Parts]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     curves: dict[str, _Curves] = {}
-    done, data = 0, 0
+    done = 0
     for name, delta in deltas:
-        shape, stored = tuple(delta.shape), TORCH_DTYPES[dtype]
-        prunes = settings.prunes(name, shape) and delta.numel() > 0
-        if prunes and delta.ndim > 1:
+        shape = shapes[name] = tuple(delta.shape)
+        if len(shape) > 1 and delta.numel() and settings.prunes(name, shape):
             curves[name] = _curves(delta.reshape(shape[0], -1), settings, settings.of(name, shape)[1], dtype)
+        done += delta.numel()
+        if on_progress:
+            on_progress(done)
+    return _fill(curves, room_to_prune(shapes, budget, settings, dtype))
+
+
+def room_to_prune(
+    shapes: Mapping[str, tuple[int, ...]],  # of every parameter
+    budget: int,  # bytes of the file
+    settings: PruneSettings,
+    dtype: Dtype = "bfloat16",
+) -> int:
+    """The bytes that a budget leaves for the matrices that are pruned. Raises InputError as `fit_budget` does."""
+    layout: dict[str, tuple[tuple[int, ...], Parts]] = {}
+    data, stored = 0, TORCH_DTYPES[dtype]
+    for name, shape in shapes.items():
+        prunes = settings.prunes(name, shape) and prod(shape) > 0
+        if prunes and len(shape) > 1:
             layout[name] = shape, _all_parts(shape, dtype)
         elif prunes and settings.vectors == "drop":
             layout[name] = shape, {}
         else:
             layout[name] = shape, {"whole": (stored, shape)}
-            data += delta.numel() * stored.itemsize
-        done += delta.numel()
-        if on_progress:
-            on_progress(done)
+            data += prod(shape) * stored.itemsize
     least = data + header_bytes(layout, settings) + PROVENANCE_BYTES
     if least > budget:
         raise InputError(
             f"a budget of {budget} bytes does not hold the header and what is not pruned; "
             f"give at least {least} bytes, or drop the vectors"
         )
-    return _fill(curves, budget - least)
+    return budget - least
 
 
 def _all_parts(shape: tuple[int, ...], dtype: Dtype) -> Parts:

@@ -12,13 +12,12 @@ from safetensors import safe_open
 
 from lors.errors import CheckpointError
 from lors.model_folder import CONFIG, INDEX, folder_digest, read_json, resolve_folder, weight_files
-from lors.tensor_file import Entry, read_header, read_rows, reading, writing
+from lors.tensor_file import Entry, read_header, read_rows, reading
 
 __all__ = [
     "Checkpoint",
     "check_compatible",
     "is_finite",
-    "writing",
 ]
 
 HEAD = "proj_out.weight"  # Whisper's output layer, and what it is tied to

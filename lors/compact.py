@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from lors.budget import fit_budget, parse_size
+from lors.budget import fit_budget, parse_size, room_to_prune
 from lors.checkpoint import Checkpoint
 from lors.delta_file import DeltaFile, write
 from lors.errors import InputError
-from lors.merging.engine import run_ordered, usable_cores
+from lors.merging.engine import run_ordered
 from lors.merging.folders import Progress, check_patterns, open_experts
 from lors.prune import Dtype, PrunedDelta, PruneSettings, prune_delta
+from lors.resources import cores
 
 __all__ = ["prune_expert"]
 
@@ -48,9 +49,11 @@ def prune_expert(
     vector = vectors["expert"]
     if isinstance(vector, DeltaFile) and vector.settings is not None:
         raise InputError(f"{expert} was pruned before; give the model folder that it was made of")
-    settings, workers = settings or PruneSettings(), workers or usable_cores()
+    settings, workers = settings or PruneSettings(), workers or cores()
     if dtype is None:
         dtype = "float32" if room is None else "int8" if room < INT8_BELOW * model.parameters else "bfloat16"
+    if room is not None:
+        room_to_prune({name: model.shape(name) for name in model.float_names}, room, settings, dtype)
     total, done = sum(prod(model.shape(name)) for name in model.float_names), 0
     passes = 1 if room is None else 2
 

@@ -211,7 +211,8 @@ def _low_rank(delta: torch.Tensor, rank: int, dtype: Dtype) -> PrunedDelta:
     shape = tuple(delta.shape)
     if rank == 0:
         return PrunedDelta(shape, dtype)
-    us, vh = truncated_svd(delta, rank)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    us, vh = (factor.cpu() for factor in truncated_svd(delta.to(device), rank))
     if dtype != "int8":
         return PrunedDelta(shape, dtype, us=us.to(TORCH_DTYPES[dtype]), vh=vh.to(TORCH_DTYPES[dtype]))
     steps = us.abs().amax(dim=0) / INT8_MAX, vh.abs().amax(dim=1) / INT8_MAX  # (r,), (r,): a unit of each side

@@ -165,5 +165,8 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, FileExistsError) or "No space left" in reason:
+            in_the_way = f"{error.filename} is a file, not a folder" if isinstance(error, FileExistsError) else ""
+            reason = in_the_way or "No space left on device"
         raise InputError(f"cannot write {out} ({reason}); choose a place that is writable and has room") from error

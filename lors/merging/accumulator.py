@@ -21,12 +21,13 @@ from lors.blocks import row_blocks
 from lors.checkpoint import Checkpoint
 from lors.errors import CheckpointError, InputError
 from lors.merging.combiners import Fold
-from lors.merging.engine import Block, Merger, finished, run_all, usable_cores
+from lors.merging.engine import Block, Merger, finished, run_all
 from lors.merging.folders import Progress, card, check_patterns, open_experts, write_merged
 from lors.merging.parts import combiner
 from lors.merging.recipe import Recipe, with_group
 from lors.merging.registry import METHODS, expert_weights, with_scaling
 from lors.model_writer import model_writer
+from lors.resources import cores
 from lors.store import sync_to_disk
 from lors.tensor_file import TensorFile, read_header, read_rows, writing
 
@@ -172,7 +173,7 @@ def write_accumulated(
             writer,
             lambda name: state.blocks(base, name),
             lambda name: recipe.scaling_of(name, base.shape(name)),
-            workers or usable_cores(),
+            workers or cores(),
             on_progress,
         )
 

@@ -8,7 +8,6 @@ tensor's shape alone, so the bytes are the same for any number of workers and an
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 import threading
 from collections import deque
@@ -33,9 +32,10 @@ from lors.merging.parts import combiner
 from lors.merging.sparsify import Blocks, Keep, magnitude_of_model, trim
 from lors.merging.spectral import star
 from lors.prune import PrunedDelta, prune_delta
+from lors.resources import cores
 from lors.task_vector import TaskVector
 
-__all__ = ["Block", "Expert", "Merger", "Rows", "finished", "run_all", "run_ordered", "usable_cores"]
+__all__ = ["Block", "Expert", "Merger", "Rows", "finished", "run_all", "run_ordered"]
 
 T = TypeVar("T")
 Block = tuple[int, torch.Tensor, torch.Tensor]
@@ -77,7 +77,7 @@ class Merger:
         self.base, self.recipe = base, recipe
         self.experts = {expert: experts[expert] for expert in sorted(experts)}
         self.weights = [weights[expert] for expert in self.experts]
-        self.workers = workers or usable_cores()
+        self.workers = workers or cores()
         self._energies: dict[str, tuple[float, float]] = {}  # by expert: energy, error
         self._scratch, self._open = scratch, ExitStack()
         self._steps = list(recipe.steps)
@@ -105,12 +105,19 @@ class Merger:
                     )
 
     def __enter__(self) -> Merger:
+        try:
+            self._prepare()
+        except BaseException:
+            self._open.close()
+            raise
+        return self
+
+    def _prepare(self) -> None:
         if self._model_trims() and (decomposed := [n for n in self._decompositions() if n < self._model_trims()[-1]]):
             self._spool(decomposed[-1] + 1)
         for number in self._model_trims():
             found = run_all(functools.partial(self._trim_model, number), [*self.experts], self.workers)
             self._trims.update({(number, expert): keeps for expert, keeps in zip(self.experts, found, strict=True)})
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
@@ -327,11 +334,6 @@ class _Lazy(Sequence[torch.Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._makers[index]()
-
-
-def usable_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -18,11 +18,12 @@ from lors.checkpoint import Checkpoint
 from lors.delta_file import DeltaFile
 from lors.errors import CheckpointError, InputError
 from lors.groups import unmatched
-from lors.merging.engine import Expert, Merger, run_all, usable_cores
+from lors.merging.engine import Expert, Merger, run_all
 from lors.merging.recipe import Recipe
 from lors.merging.registry import METHODS, expert_weights, make_recipe
 from lors.model_writer import ModelWriter, model_writer
 from lors.prune_settings import PruneSettings
+from lors.resources import cores
 from lors.task_vector import TaskVector, apply
 
 __all__ = [
@@ -171,7 +172,7 @@ def open_experts(
     """Each expert and its digest by id, and the base's digest. Raises CheckpointError as `open_expert` does."""
     opened = {expert: open_expert(base, source) for expert, source in sorted(experts.items())}
     models = {"base": base, **{f"expert {expert}": vector for expert, vector in opened.items()}}
-    digests = run_all(lambda name: _digest(models[name], memo), [*models], workers or usable_cores())
+    digests = run_all(lambda name: _digest(models[name], memo), [*models], workers or cores())
     found = dict(zip(models, digests, strict=True))
     for expert, vector in opened.items():
         if isinstance(vector, DeltaFile) and vector.base_digest != found["base"] and not force:

@@ -104,7 +104,7 @@ def test_merge(expert: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     merged, base = load_file(out / "model.safetensors")[name], load_file(MODEL_FOLDER / "model.safetensors")[name]
     torch.testing.assert_close(merged, base * 1.005)
     assert main([*arguments[:-4], "--out", str(tmp_path / "other")]) == 0
-    assert "merged 1 experts by lors with scaling" in capfd.readouterr().out
+    assert "merged 1 expert by lors with scaling" in capfd.readouterr().out
 
 
 def test_what_cannot_be_merged(expert: Path, refused: Refused, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_methods_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
     assert methods["lors"]["formula"] in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "doctor", "merge"])
+@pytest.mark.parametrize("command", ["run", "plan", "doctor"])
 def test_help_shows_an_example_that_parses(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     from flows.cli import _parser
 

@@ -1,0 +1,650 @@
+"""The commands on checkpoints: `lors merge | prune | apply | diagnose | export-lora`. No Prefect here."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import gc
+import glob
+import json
+import shutil
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lors.errors import ConfigError, InputError
+from lors.model_folder import DigestsAhead
+
+__all__ = ["add_commands"]
+
+_EXPERT = "a model folder, a Hugging Face id or a compact expert (.safetensors)"
+
+
+def add_commands(add: Callable[..., Any]) -> None:
+    """Add each command to the parser of `flows.cli`."""
+    add = functools.partial(_added, add)
+    merge = add(
+        "merge",
+        _merge,
+        "Merge fine-tuned checkpoints (or compact experts) into their base.",
+        "lors merge --base openai/whisper-small --expert es=runs/es --expert fr=runs/fr --out merged --scaling 0.5",
+        "lors merge --base starter --expert es=es.safetensors --out merged --method ties --set density=0.1",
+        "lors merge --base starter --expert es=runs/es --out merged --group encoder:scaling=0.3,rank_ratio=0.2",
+        "lors merge --base starter --expert es=runs/es --out merged --method tsv_m --prune lors:rank_ratio=0.05",
+        "lors merge --into all.safetensors --base starter --expert es=runs/es --method ties",
+        "lors merge --into all.safetensors --expert it=runs/it --remove es --out merged",
+    )
+    _add_merge(merge)
+    prune = add(
+        "prune",
+        _prune,
+        "Prune an expert's task vector to a low-rank plus a sparse part: one compact file.",
+        "lors prune --base openai/whisper-small --expert runs/es --out es.safetensors --budget 20MB",
+        "lors prune --base openai/whisper-small --expert runs/es --out es.safetensors --rank-ratio 0.05 --density 0.02",
+    )
+    _add_base(prune)
+    prune.add_argument("--expert", required=True, metavar="MODEL", help=_EXPERT)
+    prune.add_argument("--out", type=Path, required=True, metavar="FILE", help="the compact expert, FILE.safetensors")
+    prune.add_argument("--budget", metavar="SIZE", help="as large as this, such as 20MB: ranks and densities by energy")
+    prune.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="of what is stored (default: float32; with --budget what keeps most energy in it)",
+    )
+    _add_pruning(prune)
+    _add_workers(prune)
+    apply = add(
+        "apply",
+        _apply,
+        "Apply a compact expert to its base: a complete model folder.",
+        "lors apply --base openai/whisper-small --expert es.safetensors --out es",
+    )
+    _add_base(apply)
+    apply.add_argument("--expert", required=True, metavar="FILE", help="a compact expert (.safetensors)")
+    _add_out(apply, "the model")
+    apply.add_argument("--scaling", type=float, default=1.0, metavar="LAMBDA", help="times its delta (default: 1)")
+    _add_force(apply)
+    _add_workers(apply)
+    export = add(
+        "export-lora",
+        _export_lora,
+        "Write the low-rank part of a compact expert as a PEFT LoRA adapter.",
+        "lors export-lora --base openai/whisper-small --expert es.safetensors --out es-lora",
+    )
+    _add_base(export)
+    export.add_argument("--expert", required=True, metavar="FILE", help="a compact expert (.safetensors)")
+    _add_out(export, "the adapter")
+    export.add_argument("--scaling", type=float, default=1.0, metavar="LAMBDA", help="times its delta (default: 1)")
+    diagnose = add(
+        "diagnose",
+        _diagnose,
+        "Show how experts differ from their base and from one another, before merging: energy, ranks, interference.",
+        "lors diagnose --base openai/whisper-small --expert es=runs/es --expert fr=runs/fr --out diagnosis",
+    )
+    _add_base(diagnose)
+    _add_experts(diagnose)
+    diagnose.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="diagnosis.json and diagnosis.html; must not exist or be empty"
+    )
+    _add_force(diagnose)
+
+
+def _added(add: Callable[..., Any], name: str, command: Callable[[argparse.Namespace], int], *texts: str) -> Any:
+    def stoppable(options: argparse.Namespace) -> int:
+        main_thread = threading.current_thread() is threading.main_thread()
+        # What stops a container, or a job, cleans up as Ctrl-C does.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main_thread else None
+        try:
+            return command(options)
+        except KeyboardInterrupt:
+            print("lors: stopped; nothing half-written is left", file=sys.stderr)
+            return 130
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+            gc.freeze()  # or Python walks all of torch as it ends, for a third of a second
+
+    return add(name, stoppable, *texts)
+
+
+def _start() -> None:
+    """Import the engine half a second faster, and let memory that is freed be used again."""
+    gc.disable()  # nothing that an import makes is garbage
+    try:
+        import lors.merging.folders  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
+    # glibc gives each freed block of a MB back to the kernel, which zeroes it anew when the next one is taken.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_MMAP_THRESHOLD, 2**28)
+        mallopt(_TRIM_THRESHOLD, 2**28)
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # malloc.h
+
+
+def _add_base(command: Any, required: bool = True) -> None:
+    command.add_argument(
+        "--base", required=required, metavar="MODEL", help="what the experts were fine-tuned from: folder or hub id"
+    )
+
+
+def _add_experts(command: Any) -> None:
+    command.add_argument("--expert", action="append", default=[], metavar="[ID=]MODEL", help=f"{_EXPERT}; repeat")
+
+
+def _add_out(command: Any, what: str, required: bool = True) -> None:
+    command.add_argument(
+        "--out", type=Path, required=required, metavar="FOLDER", help=f"{what}; must not exist or be empty"
+    )
+
+
+def _add_force(command: Any) -> None:
+    command.add_argument("--force", action="store_true", help="take a compact expert of another base all the same")
+
+
+def _add_workers(command: Any) -> None:
+    command.add_argument("--workers", type=_positive, metavar="N", help="threads (default: the cores of this process)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _add_pruning(command: Any) -> None:
+    group = command.add_argument_group("LoRS pruning")
+    group.add_argument("--composition", choices=("additive", "sequential", "low_rank", "sparse"))
+    group.add_argument("--rank-ratio", type=float, metavar="R", help="rank over the shorter side, in (0, 1]")
+    group.add_argument("--density", type=float, metavar="D", help="fraction of entries that the sparse part keeps")
+    group.add_argument("--refinements", type=int, metavar="K", help="alternations of both fits (additive only)")
+    group.add_argument("--vectors", choices=("keep", "drop"), help="tensors of fewer than two dimensions")
+    group.add_argument("--include", action="append", metavar="GLOB", help="prune only these parameters; repeat")
+    group.add_argument("--exclude", action="append", metavar="GLOB", help="keep these parameters' deltas whole; repeat")
+
+
+def _add_merge(merge: Any) -> None:
+    merge.add_argument("--list", action="store_true", help="list methods, steps, groups and presets, and stop")
+    _add_base(merge, required=False)
+    _add_experts(merge)
+    _add_out(merge, "the merged model", required=False)
+    merge.add_argument("--method", help="see --list (default: lors)")
+    merge.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
+    merge.add_argument("--like", choices=("mergekit", "peft", "fusionbench"), help="mean by it what that library does")
+    merge.add_argument(
+        "--prune", action="append", default=[], metavar="STEP[:NAME=VALUE,...]", help="a step before the method's own"
+    )
+    merge.add_argument(
+        "--group",
+        action="append",
+        default=[],
+        metavar="GROUP:NAME=VALUE,...",
+        help="other settings for some parameters",
+    )
+    merge.add_argument("--recipe", type=Path, metavar="FILE", help="method, steps, groups and all from a YAML file")
+    merge.add_argument("--scaling", type=float, metavar="LAMBDA", help="scaling coefficient (default: the method's)")
+    merge.add_argument("--weight", action="append", default=[], metavar="ID=W", help="merge weight of an expert")
+    merge.add_argument("--into", type=Path, metavar="FILE", help="add the experts to this accumulator (.safetensors)")
+    merge.add_argument(
+        "--remove", action="append", default=[], metavar="ID[=MODEL]", help="take an expert out of the accumulator"
+    )
+    _add_force(merge)
+    _add_workers(merge)
+    _add_pruning(merge)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    if options.list:
+        return _list_methods(options.json)
+    if options.into is not None:
+        return _merge_into(options)
+    for name in ("base", "out"):
+        if getattr(options, name) is None:
+            raise InputError(f"--{name} is missing; see `lors merge --help`")
+    if options.remove:
+        raise InputError("--remove takes an expert out of an accumulator; name it with --into")
+
+    experts = _named(options.expert)
+    memo = DigestsAhead([_model(options.base), *experts.values()])
+    recipe = _recipe(options)
+    _start()
+
+    from lors.merging.folders import merge_folders
+    from lors.prune_settings import PruneSettings
+
+    with _bar("merging") as advance:
+        result = merge_folders(
+            _model(options.base),
+            experts,
+            options.out,
+            recipe,
+            weights=_weights(options.weight),
+            memo=memo,
+            refuse_other_pruning=bool(_given_pruning(options)) or recipe.pruning not in (None, PruneSettings()),
+            force=options.force,
+            workers=options.workers,
+            on_progress=advance,
+        )
+    facts = {
+        "out": str(result.out),
+        "method": recipe.method,
+        "scaling": recipe.scaling,
+        "recipe": recipe.model_dump(mode="json"),
+        "weights": result.weights,
+        "parameters": result.parameters,
+        "retained_energy": result.retained_energy,
+        "digest": result.digest,
+        "seconds": round(result.seconds, 2),
+    }
+    kept = "".join(f", {name} keeps {energy:.1%} of its energy" for name, energy in result.retained_energy.items())
+    sentence = (
+        f"merged {_count(experts, 'expert')} by {recipe.method} with scaling {recipe.scaling:g} into {result.out} "
+        f"({_short(result.parameters)} parameters, {result.seconds:.1f} s{kept})"
+    )
+    return _say(options, facts, sentence)
+
+
+def _merge_into(options: argparse.Namespace) -> int:
+    _start()
+    from lors.checkpoint import Checkpoint
+    from lors.errors import CheckpointError
+    from lors.merging.accumulator import Accumulator, accumulate, write_accumulated
+
+    add, remove, into = _named(options.expert), _removed(options.remove), options.into
+    if into.suffix != ".safetensors" or into.is_dir():
+        raise InputError(f"{into} is no name for an accumulator; give a file that ends in .safetensors")
+    if not add and not remove and options.out is None:
+        raise InputError("there is nothing to do: give --expert, --remove or --out")
+    if options.weight and not add:
+        raise InputError("--weight is of an expert that is added; give that one with --expert")
+    if options.out is not None:
+        _need_free(options.out)
+    old = Accumulator(into) if into.exists() else None
+    if old is None and (options.base is None or not add):
+        raise InputError(f"{into} is not there yet: give --base and at least one --expert to begin it")
+    if old is not None and _chooses_recipe(options):
+        raise InputError(
+            f"{into} was begun with {old.recipe.method}, and its recipe cannot change; "
+            f"leave the method and its settings out (--scaling may change), or begin a new accumulator"
+        )
+    if old is not None and options.scaling is not None and options.out is None:
+        raise InputError("--scaling is of the merged model; give --out as well, or leave it out")
+    recipe = old.recipe if old else _recipe(options)
+    try:
+        base = Checkpoint(_model(options.base or (old.base if old else "")))
+    except CheckpointError as error:
+        if options.base is None:
+            raise CheckpointError(f"the base of {into} is not where it was ({error}); name it with --base") from error
+        raise
+    state = old
+    if add or remove:
+        with _bar("adding" if add else "removing") as advance:
+            weights = _weights(options.weight)
+            state = accumulate(
+                into, base, recipe, add=add, remove=remove, weights=weights,
+                force=options.force, workers=options.workers, on_progress=advance,
+            )  # fmt: skip
+    assert state is not None
+    scaling = recipe.scaling if options.scaling is None else options.scaling
+    if options.out is not None:
+        with _bar("merging") as advance:
+            write_accumulated(state, base, options.out, scaling=scaling, workers=options.workers, on_progress=advance)
+    facts = {
+        "into": str(into),
+        "out": None if options.out is None else str(options.out),
+        "method": recipe.method,
+        "scaling": scaling,
+        "recipe": recipe.model_dump(mode="json"),
+        "experts": state.experts,
+    }
+    names = f" ({', '.join(sorted(state.experts))})" if state.experts else ""
+    sentence = f"{into} holds {_count(state.experts, 'expert')}{names} merged by {recipe.method}"
+    if options.out is not None:
+        sentence += f"; the merged model, with scaling {scaling:g}, is in {options.out}"
+    return _say(options, facts, sentence)
+
+
+def _removed(given: Sequence[str]) -> dict[str, str | None]:
+    removed: dict[str, str | None] = {}
+    for text in given:
+        name, equals, place = text.partition("=")
+        if not name or (equals and not place):
+            raise InputError(f"--remove {text!r} is not ID or ID=MODEL, such as es or es=runs/es")
+        removed[name] = place or None
+    return removed
+
+
+def _prune(options: argparse.Namespace) -> int:
+    _start()
+    from lors.compact import prune_expert
+
+    ratios = [name for name in ("rank_ratio", "density") if getattr(options, name) is not None]
+    if options.budget and ratios not in ([], ["density"] if options.composition == "sequential" else []):
+        raise InputError(f"--budget chooses ranks and densities; leave it or --{ratios[0].replace('_', '-')} out")
+    with _bar("pruning") as advance:
+        file = prune_expert(
+            _model(options.base),
+            options.expert,
+            options.out,
+            _pruning(options),
+            dtype=options.dtype,
+            budget=options.budget,
+            workers=options.workers,
+            on_progress=advance,
+        )
+    size = file.path.stat().st_size
+    facts = {
+        "out": str(file.path),
+        "bytes": size,
+        "retained_energy": file.retained_energy,
+        "dtype": file.dtype,
+        "settings": file.settings.model_dump(mode="json") if file.settings else None,
+        "digest": file.digest(),
+    }
+    return _say(options, facts, f"{file.path}: {_short(size)}B, {file.retained_energy:.1%} of the task vector's energy")
+
+
+def _apply(options: argparse.Namespace) -> int:
+    _start()
+    from lors.merging import make_recipe
+    from lors.merging.folders import merge_folders
+
+    _need_file(options.expert, "apply")
+    with _bar("applying") as advance:
+        result = merge_folders(
+            _model(options.base),
+            {Path(options.expert).stem: options.expert},
+            options.out,
+            make_recipe("task_arithmetic", scaling=options.scaling),
+            force=options.force,
+            workers=options.workers,
+            on_progress=advance,
+        )
+    facts = {"out": str(result.out), "parameters": result.parameters, "digest": result.digest}
+    return _say(options, facts, f"applied {options.expert} with scaling {options.scaling:g}: {result.out}")
+
+
+def _export_lora(options: argparse.Namespace) -> int:
+    _start()
+    from lors.checkpoint import Checkpoint
+    from lors.delta_file import DeltaFile
+    from lors.lora import export_lora
+
+    _need_file(options.expert, "export-lora")
+    base, file = Checkpoint(_model(options.base)), DeltaFile(options.expert)
+    exported = export_lora(base, file, options.out, scaling=options.scaling)
+    facts = {"out": str(options.out), "modules": exported.modules, "left_out": exported.left_out}
+    left = f", without the deltas of {len(exported.left_out)} parameters (see its README)" if exported.left_out else ""
+    return _say(options, facts, f"{options.out}: a LoRA adapter of {len(exported.modules)} modules{left}")
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    _start()
+    from lors.checkpoint import Checkpoint
+    from lors.diagnostics import diagnose
+    from lors.diagnostics_page import page
+    from lors.merging.folders import open_experts
+    from lors.store import write_json
+    from lors.tensor_file import writing
+
+    experts = _named(options.expert)
+    if not experts:
+        raise InputError("no expert was given; give at least one --expert")
+    base = Checkpoint(_model(options.base))
+    with _new_folder(options.out) as folder:
+        vectors, _, _ = open_experts(base, experts, force=options.force)
+        with _bar("diagnosing") as advance:
+            diagnosis = diagnose(base, vectors, on_progress=advance)
+        if folder is not None:
+            html = page(diagnosis, f"{', '.join(vectors)} on {base.label}")
+            with writing(options.out):
+                write_json(folder / "diagnosis.json", diagnosis.to_json())
+                (folder / "diagnosis.html").write_text(html, encoding="utf-8")
+    sentence = diagnosis.table()
+    if options.out is not None:
+        sentence += f"\n\nThe page is {options.out / 'diagnosis.html'}, the figures are in diagnosis.json beside it."
+    return _say(options, diagnosis.to_json(), sentence)
+
+
+@contextmanager
+def _new_folder(out: Path | None) -> Iterator[Path | None]:
+    """A folder that becomes `out` when the block ends without an error; nothing where there is no `out`."""
+    from lors.tensor_file import writing
+
+    if out is None:
+        yield None
+        return
+    _need_free(out)
+    partial = out.absolute().parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+    with writing(out):
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        with writing(out):
+            partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _need_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is already there and not empty; choose another output folder or remove it")
+
+
+def _list_methods(as_json: bool) -> int:
+    from lors.groups import GROUPS
+    from lors.merging.presets import PRESETS
+    from lors.merging.registry import METHODS, STEPS, allowed
+
+    if as_json:
+        rows = [
+            {
+                "name": method.name,
+                "formula": method.formula,
+                "reference": method.reference,
+                "scaling": method.scaling_default,
+                "parameters": {
+                    name: {"default": default, "allowed": allowed(field), "meaning": _one_line(field.description)}
+                    for name, (field, default) in method.parameters.items()
+                },
+            }
+            for method in METHODS.values()
+        ]
+        print(json.dumps(rows, indent=2, default=str))
+        return 0
+    for method in METHODS.values():
+        print(f"{method.name}\n    {method.formula}\n    {method.reference}")
+        print(f"    scaling coefficient: {method.scaling_default:g}")
+        _print_fields(method.parameters)
+    print("\nsteps that may come before any method (--prune STEP:NAME=VALUE,...)")
+    for name, step in STEPS.items():
+        print(f"{name}\n    {_one_line(type(step).__doc__)}")
+        _print_fields({n: (f, getattr(step, n)) for n, f in type(step).model_fields.items() if n != "kind"})
+    print("\ngroups of parameters (--group GROUP:scaling=..,rank_ratio=..,density=..,exclude=true), or a glob pattern")
+    for name, (meaning, _) in GROUPS.items():
+        print(f"{name}\n    {meaning}")
+    print("\npresets (--like)")
+    for name, methods in PRESETS.items():
+        print(f"{name}\n    {', '.join(methods)}")
+    return 0
+
+
+def _print_fields(fields: Mapping[str, tuple[Any, Any]]) -> None:
+    from lors.merging.registry import describe_field
+
+    for name, (field, default) in fields.items():
+        shown = "none" if default is None else default
+        print(f"      {name} = {shown}: {describe_field(field)}")
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _count(things: Collection[object], word: str) -> str:
+    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
+
+
+def _short(number: int) -> str:
+    """7.3 k, 72.6 M."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} "
+
+
+def _model(name: str) -> str | Path:
+    from lors.starter import MODEL_FOLDER
+
+    return MODEL_FOLDER if name == "starter" else name
+
+
+def _need_file(source: str, command: str) -> None:
+    if Path(source).suffix != ".safetensors":
+        raise InputError(f"{command} takes a compact expert (.safetensors), not {source}; make it with `lors prune`")
+
+
+def _named(given: Sequence[str]) -> dict[str, str]:
+    experts: dict[str, str] = {}
+    for text in given:
+        name, equals, place = text.partition("=")
+        if not equals or "/" in name:  # a path, which may hold an = itself: runs/lr=1e-5/es
+            name, place = Path(text).name.removesuffix(".safetensors"), text
+        if not name or not place:
+            raise InputError(f"--expert {text!r} is not ID=MODEL or MODEL, such as es=runs/es")
+        if name in experts:
+            raise InputError(f"--expert: two experts are named {name!r}; name them otherwise, such as {name}2={place}")
+        experts[name] = place
+    return experts
+
+
+def _weights(given: Sequence[str]) -> dict[str, float]:
+    weights = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            weights[name] = float(value)
+        except ValueError as error:
+            raise InputError(f"--weight {text!r} is not ID=NUMBER, such as es=0.5") from error
+    return weights
+
+
+_PATTERNS = ("include", "exclude")
+_PRUNING = ("composition", "rank_ratio", "density", "refinements", "vectors", *_PATTERNS)
+
+
+def _given_pruning(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in _PRUNING if (value := getattr(options, name)) is not None}
+
+
+def _pruning(options: argparse.Namespace) -> Any:
+    import pydantic
+
+    from lors.prune_settings import PruneSettings
+
+    given = _given_pruning(options)
+    try:
+        return PruneSettings(**given) if given else None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["loc"]:
+            message = f"--{str(first['loc'][0]).replace('_', '-')} {first['input']}: {message}"
+        raise ConfigError(message) from error
+
+
+def _chooses_recipe(options: argparse.Namespace) -> bool:
+    return bool(
+        options.method or options.set or options.like or options.prune or options.group or options.recipe
+        or _given_pruning(options)
+    )  # fmt: skip
+
+
+def _recipe(options: argparse.Namespace) -> Any:
+    from lors.merging.registry import make_recipe, make_step, read_recipe
+
+    if options.recipe is not None:
+        if options.method or options.set or options.like or options.prune or options.group or _given_pruning(options):
+            raise InputError(
+                "--recipe holds the method and all its settings; leave the others out (--scaling may stay)"
+            )
+        return read_recipe(options.recipe, options.scaling)
+    method = options.method or "lors"
+    return make_recipe(
+        method,
+        _assigned(options.set, "--set"),
+        before=[make_step(kind, values) for kind, values in map(_step, options.prune)],
+        prune=_pruning(options),
+        scaling=options.scaling,
+        groups=_groups(options.group),
+        like=options.like,
+    )
+
+
+def _step(text: str, lists: Collection[str] = _PATTERNS) -> tuple[str, dict[str, Any]]:
+    """Of `lors:rank_ratio=0.1,density=0.05`: lors, and its settings."""
+    name, _, settings = text.partition(":")
+    return name, _assigned([part for part in settings.split(",") if part], text, lists)
+
+
+def _groups(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {}
+    for text in given:
+        name, settings = _step(text, ())  # its exclude is true or false
+        if not name or not settings:
+            raise InputError(f"--group {text!r} is not GROUP:NAME=VALUE, such as encoder:scaling=0.3")
+        groups[name] = {**groups.pop(name, {}), **settings}
+    return groups
+
+
+def _assigned(given: Sequence[str], where: str, lists: Collection[str] = _PATTERNS) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise InputError(f"{where}: {text!r} is not NAME=VALUE, such as density=0.2")
+        # The settings read the text: YAML would take on for true and 1e-3 for a word.
+        values[name] = [*values.get(name, []), value] if name in lists else value
+    return values
+
+
+def _say(options: argparse.Namespace, facts: Mapping[str, Any], sentence: str) -> int:
+    places = [path.absolute() for path in (options.out, getattr(options, "into", None)) if path is not None]
+    patterns = [
+        (path.parent, pattern) for path in places for pattern in (f".{glob.escape(path.name)}.*.partial", ".lors-*")
+    ]
+    for left in sorted({left for folder, pattern in patterns for left in folder.glob(pattern)}):
+        print(f"lors: {left} is what a killed run left; remove it unless that run still goes on", file=sys.stderr)
+    print(json.dumps(facts, indent=2, default=str) if options.json else sentence)
+    return 0
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives `advance(done, total)`: a bar in a terminal, a line every quarter in a log."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    shown = 0
+
+    def line(done: int, total: int) -> None:
+        nonlocal shown
+        if total and done * 4 // total > shown:
+            shown = done * 4 // total
+            print(f"{title}: {done / total:.0%}", file=sys.stderr)
+
+    if not sys.stderr.isatty():
+        yield line
+        return
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
