@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -58,10 +58,15 @@ def resolve_folder(source: str | Path) -> Path:
         ) from error
 
 
-def folder_digest(folder: Path, memo: MutableMapping[str, str] | None = None) -> str:
-    """sha256 over the contents of the weight files and config.json; `memo` as in `lors.store.file_digest`."""
+def folder_digest(
+    folder: Path,
+    memo: MutableMapping[str, str] | None = None,  # as in `lors.store.file_digest`
+    known: Mapping[Path, str] | None = None,  # sha256 by file, of those just read
+) -> str:
+    """sha256 over the contents of the weight files and config.json."""
     files = [*sorted(weight_files(folder)), folder / CONFIG]
-    lines = (f"{file.name} {file_digest(file, memo)}\n" for file in files)
+    known = known or {}
+    lines = (f"{file.name} {known.get(file) or file_digest(file, memo)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -8,7 +8,6 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ class ModelWriter:
             self._missing[name] -= len(rows)
 
     def finish(self, *, title: str, text: str, provenance: Mapping[str, Any]) -> None:
-        """Write the small files, read every byte back from the disk, and rename the folder into place."""
+        """Write the small files, read every byte back, and rename the folder into place."""
         self.digest = self._finish_files(title, text, provenance)
         check_compatible(self.base, Checkpoint(self.partial))
         with writing(self.out):
@@ -101,8 +100,9 @@ class ModelWriter:
             _copy_side_files(self.base, self.partial)
             card = _card(self.base, title or self.out.name, text, provenance)
             (self.partial / "README.md").write_text(card, encoding="utf-8")
+            known = {}
             for file in self._files:
-                file.sync()
+                known[file.path] = file.close()
                 file.path.chmod((self.partial / CONFIG).stat().st_mode)
             if len(self._files) > 1:
                 weight_map = {name: file.path.name for name, file in sorted(self._places.items())}
@@ -110,11 +110,7 @@ class ModelWriter:
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 content = json.dumps(index, indent=2, sort_keys=True) + "\n"
                 (self.partial / INDEX).write_text(content, encoding="utf-8")
-            with ThreadPoolExecutor(1) as pool:
-                digest = pool.submit(folder_digest, self.partial)
-                for file in self._files:
-                    file.close()
-                return digest.result()
+            return folder_digest(self.partial, known=known)
 
     def discard(self) -> None:
         """Remove whatever was written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
@@ -86,7 +87,7 @@ class TensorFile:
     """A safetensors file that is being written: its header first, rows at their places from any thread, then a check.
 
     The space is allocated at once, so that a disk that is too small is known before anything is computed. Raises
-    OSError; `close` raises InputError where a byte does not come back from the disk as it was written.
+    OSError; `close` raises InputError where a byte does not come back as it was written.
     """
 
     def __init__(
@@ -128,20 +129,20 @@ class TensorFile:
         while done < len(content):
             done += os.pwrite(self._stream.fileno(), content[done:], offset + done)
 
-    def sync(self) -> None:
-        """Bring the file to the disk, and let memory forget it: what is read next comes from there."""
-        os.fsync(self._stream.fileno())
-        os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def close(self) -> None:
-        """Read every byte back, from the disk after `sync`, and compare."""
+    def close(self) -> str:
+        """Sync the file, read every byte back and compare; returns its sha256, hexadecimal."""
+        digest = hashlib.sha256()
         with self._stream:
             descriptor = self._stream.fileno()
+            os.fsync(descriptor)
             for offset, (length, checksum) in sorted(self._sums.items()):
-                if zlib.crc32(os.pread(descriptor, length, offset)) != checksum:
+                content = os.pread(descriptor, length, offset)
+                digest.update(content)
+                if zlib.crc32(content) != checksum:
                     raise InputError(
                         f"what was written to {self.path.name} at byte {offset} reads back otherwise; check the disk"
                     )
+        return digest.hexdigest()
 
     def abandon(self) -> None:
         """Close the file as it is; the caller removes it."""

@@ -227,7 +227,6 @@ def _write(
     try:
         run_all(update, [*folds], merger.workers, merger.size)
         with writing(path):
-            file.sync()
             file.close()
             partial.replace(path)
             sync_to_disk(path.absolute().parent)

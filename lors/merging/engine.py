@@ -171,8 +171,10 @@ class Merger:
             held = self.base.rows(name, 0, shape[0] if shape else 1).float() if holds else None
             chains = [make(base=held) for make in every]
             for start, stop in row_blocks(shape):
-                base = (self.base.rows(name, start, stop) if held is None else held[start:stop]).double()
-                deltas = _Lazy([functools.partial(rows, start, stop, base) for rows in chains])
+                there = self.base.rows(name, start, stop) if held is None else held[start:stop]
+                base = there.double()
+                given = there.float() if self._steps else base
+                deltas = _Lazy([functools.partial(rows, start, stop, given) for rows in chains])
                 yield start, base, _combined(how, deltas, self.weights, base)
         elif isinstance(how, Fold):
             state = {array: torch.zeros(self.base.shape(name), dtype=torch.float64) for array in how.arrays}
@@ -307,7 +309,7 @@ def _combined(how: Fold | Joint, deltas: Sequence[torch.Tensor], weights: Sequen
 
 
 def _kept(rows: Rows, keep: Keep, width: int, start: int, stop: int, base: torch.Tensor | None = None) -> torch.Tensor:
-    delta = rows(start, stop).float()
+    delta = rows(start, stop, base).float()
     return keep(delta.reshape(-1), start * width).reshape(delta.shape)
 
 
