@@ -10,7 +10,8 @@ from lors.budget import fit_budget, parse_size, room_to_prune
 from lors.checkpoint import Checkpoint
 from lors.delta_file import DeltaFile, write
 from lors.errors import InputError
-from lors.merging.engine import run_ordered
+from lors.low_rank import load_lapack
+from lors.merging.engine import run_ordered, run_unordered
 from lors.merging.folders import Progress, check_patterns, open_experts
 from lors.prune import Dtype, PrunedDelta, PruneSettings, prune_delta
 from lors.resources import cores
@@ -67,6 +68,7 @@ def prune_expert(
             on_progress(done, passes * total)
 
     plan = None
+    load_lapack()
     if room is not None:
         deltas = run_ordered(vector.delta, model.float_names, workers, size, ahead=1)
         plan = fit_budget(deltas, room, settings, dtype, on_progress=lambda parameters: report(parameters - done))
@@ -75,7 +77,7 @@ def prune_expert(
         return prune_delta(vector.delta(name), settings, name, dtype, plan)
 
     def pruned() -> Iterator[tuple[str, PrunedDelta]]:
-        for name, delta in run_ordered(prune, model.float_names, workers, size):
+        for name, delta in run_unordered(prune, model.float_names, workers, size):
             yield name, delta
             report(size(name))
 

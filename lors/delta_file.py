@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import tempfile
 import threading
@@ -22,7 +21,7 @@ from functools import cached_property
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import ValidationError
@@ -176,7 +175,7 @@ class DeltaFile:
 
 def write(
     path: str | Path,
-    deltas: Iterable[tuple[str, PrunedDelta]],  # all in one dtype
+    deltas: Iterable[tuple[str, PrunedDelta]],  # all in one dtype, in any order
     *,
     base_digest: str,
     settings: PruneSettings | None,
@@ -184,12 +183,13 @@ def write(
 ) -> DeltaFile:
     """Write a task vector to one file, which appears (or replaces another) in one rename.
 
-    One tensor is in memory at a time. The same arguments give the same bytes.
+    One tensor is in memory at a time. The same arguments give the same bytes, whatever the order of the deltas.
     Raises InputError where `path` cannot be written.
     """
     path = Path(path)
     partial = path.absolute().parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     sections: Sections = {4: {}, 2: {}, 1: {}}
+    starts: dict[str, int] = {}  # in its spool
     tensors: dict[str, dict[str, Any]] = {}
     dtypes: set[Dtype] = set()
     with ExitStack() as stack:
@@ -206,16 +206,20 @@ def write(
             dtypes.add(delta.dtype)
             for part, tensor in delta.parts().items():
                 sections[tensor.itemsize][f"{name}/{part}"] = tensor.dtype, tuple(tensor.shape)
+                starts[f"{name}/{part}"] = spools[tensor.itemsize].tell()
                 with writing(path):
                     _write(spools[tensor.itemsize], tensor)
         assert len(dtypes) < 2, f"a file of {sorted(dtypes)}"
+        sections = {size: dict(sorted(section.items())) for size, section in sections.items()}
+        tensors = dict(sorted(tensors.items()))
         text = _header(sections, tensors, (dtypes or {"float32"}).pop(), base_digest, settings, provenance or {})
         try:
             with writing(path), partial.open("wb") as stream:
                 stream.write(text)
-                for spool in spools.values():
-                    spool.seek(0)
-                    shutil.copyfileobj(spool, stream, COPY_BYTES)
+                for size, section in sections.items():
+                    for key, (_, shape) in section.items():
+                        spools[size].seek(starts[key])
+                        _copy(spools[size], stream, prod(shape) * size)
                 stream.flush()
                 os.fsync(stream.fileno())
             DeltaFile(partial)
@@ -314,6 +318,13 @@ def _facts(delta: PrunedDelta) -> dict[str, Any]:
 def _retained(tensors: Iterable[Mapping[str, Any]]) -> float:
     energy, error = (sum(float(facts[key]) for facts in tensors) for key in ("energy", "error"))
     return 1.0 - error / energy if energy else 1.0
+
+
+def _copy(source: FileIO, stream: BinaryIO, left: int) -> None:
+    while left:
+        content = source.read(min(left, COPY_BYTES))
+        stream.write(content)
+        left -= len(content)
 
 
 def _write(stream: FileIO, tensor: torch.Tensor) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
-__all__ = ["rank_for", "retained_energy", "squared_norm", "truncated_svd"]
+__all__ = ["load_lapack", "rank_for", "retained_energy", "squared_norm", "truncated_svd"]
 
 # Measured on one core at 512, 768 and 1280: below a fifth of the short side MRRR on the top r beats divide and conquer.
 PARTIAL_BELOW = 0.2
@@ -46,30 +52,57 @@ def _lapack_eigenvectors(
     short: torch.Tensor,  # (k, l) float32 on the CPU
     rank: int,  # r
 ) -> torch.Tensor:  # (k, r) float64: the leading eigenvectors of short @ short.T
-    """LAPACK by its parts: `scipy.linalg.eigh`, which joins them, takes 1.15 to 1.25 times as long."""
-    import scipy.linalg  # 0.1 s that a merge without a decomposition need not wait for
-    from scipy.linalg import lapack
-
     matrix = short.numpy()
     k = len(matrix)
-    if k == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
     gram = np.zeros((k, k))
     for start in range(0, matrix.shape[1], BLOCK):
         block = matrix[:, start : start + BLOCK].astype(np.float64)
         gram += block @ block.T  # numpy sees the symmetry and computes one half
-    size = int(lapack.dsytrd_lwork(k, lower=1)[0])
-    reflectors, diagonal, beside, tau, failed = lapack.dsytrd(gram.T, lower=1, lwork=size, overwrite_a=1)
-    if rank < PARTIAL_BELOW * k:
-        chosen = {"select": "i", "select_range": (k - rank, k - 1), "lapack_driver": "stemr"}
-    else:
-        chosen = {"lapack_driver": "stevd"}
-    vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside, check_finite=False, **chosen)[1][:, -rank:]
-    reflectors, below = np.asfortranarray(reflectors[1:, :-1]), np.asfortranarray(vectors[1:])
-    below, _, stopped = lapack.dormqr("L", "N", reflectors, tau, below, 64 * rank + 4160, overwrite_c=1)
-    assert not failed, "LAPACK's dsytrd refused its arguments"
-    assert not stopped, "LAPACK's dormqr refused its arguments"
-    return torch.from_numpy(np.concatenate([vectors[:1], below])[:, ::-1].copy())
+    vectors = _leading(gram, rank) if rank < PARTIAL_BELOW * k else np.linalg.eigh(gram)[1][:, -rank:]
+    return torch.from_numpy(vectors[:, ::-1].copy())
+
+
+def _leading(
+    matrix: npt.NDArray[np.float64],  # (k, k), symmetric; overwritten
+    rank: int,  # r
+) -> npt.NDArray[np.float64]:  # (k, r): the eigenvectors of the largest eigenvalues, the largest last
+    """Tridiagonal form, MRRR on its r largest eigenvalues, and back: LAPACK's dsyevr by its parts, a fifth faster."""
+    k = len(matrix)
+    diagonal, beside, tau, values, nothing = np.empty(k), np.empty(k), np.empty(k), np.empty(k), np.zeros(1)
+    vectors, work = np.empty((rank, k)), np.empty(64 * k + 4160)  # rows for LAPACK's columns
+    support, room = np.empty(2 * rank, np.intc), np.empty(10 * k, np.intc)
+    size, least, most, length, places, found = (
+        np.array([number], np.intc) for number in (k, k - rank + 1, rank, len(work), len(room), 0)
+    )
+    _lapack("dsytrd", b"L", size, matrix, size, diagonal, beside, tau, work, length)
+    _lapack(
+        "dstemr", b"V", b"I", size, diagonal, beside, nothing, nothing, least, size, found, values, vectors, size, most,
+        support, np.ones(1, np.intc), work, length, room, places,
+    )  # fmt: skip
+    _lapack("dormtr", b"L", b"L", b"N", size, most, matrix, size, tau, vectors, size, work, length)
+    return vectors.T
+
+
+def _lapack(name: str, *arguments: Any) -> None:
+    failed = np.zeros(1, np.intc)
+    values = (a if isinstance(a, bytes) else a.ctypes.data for a in (*arguments, failed))
+    load_lapack(name, len(arguments) + 1)(*values)
+    assert not failed[0], f"LAPACK's {name} failed with {failed[0]}"
+
+
+@cache
+def load_lapack(name: str = "dsytrd", arguments: int = 10) -> Callable[..., None]:
+    """A function of scipy's LAPACK, which other threads run beside: scipy's own wrappers keep Python's lock.
+
+    Whoever limits the threads of BLAS calls it before, as the limit holds for what is loaded.
+    """
+    from scipy.linalg import cython_lapack  # 0.1 s that a merge without a decomposition need not wait for
+
+    capsule = cython_lapack.__pyx_capi__[name]
+    name_of, pointer_of = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(pointer_of(capsule, name_of(capsule)))
 
 
 def _torch_eigenvectors(

@@ -121,7 +121,8 @@ class PrunedDelta:
         dense = torch.zeros(self.shape or (1,))
         for start, stop in row_blocks(self.shape):
             dense[start:stop] = self.rows(start, stop)
-        self.check_count(int(dense.count_nonzero()))
+        if self.threshold is not None:
+            self.check_count(int(dense.count_nonzero()))
         return dense.reshape(self.shape)
 
     def check_count(
@@ -191,8 +192,10 @@ def prune_delta(
         pruned = replace(pruned, shape=shape)
     if not all(is_finite(part) for part in pruned.parts().values() if part.is_floating_point()):
         raise CheckpointError(f"the delta of {name or 'a tensor'} is too large for {dtype}; store it as bfloat16")
-    rows = delta.reshape(shape or (1,))
-    error = sum(squared_norm(rows[start:stop] - pruned.rows(start, stop)) for start, stop in row_blocks(shape))
+    error = pruned.error
+    if pruned.indices is None or (pruned.vh is None and settings.composition == "sequential"):
+        rows = delta.reshape(shape or (1,))
+        error = sum(squared_norm(rows[start:stop] - pruned.rows(start, stop)) for start, stop in row_blocks(shape))
     return replace(pruned, energy=squared_norm(delta), error=error)
 
 
@@ -227,13 +230,15 @@ def _low_rank(delta: torch.Tensor, rank: int, dtype: Dtype) -> PrunedDelta:
 
 
 def _with_sparse(low: PrunedDelta, delta: torch.Tensor, count: int) -> PrunedDelta:
-    """`low` and, beside it, the `count` largest entries of what it leaves of the delta."""
+    """`low` and, beside it, the `count` largest entries of what it leaves of the delta; its error, too."""
     if count == 0:
         return low
-    residual = delta if low.us is None else delta - low.dense()
+    residual = delta.clone() if low.us is None else low.dense().neg_().add_(delta)
     indices, values = top_k(residual, count)
-    values = values.to(TORCH_DTYPES[low.dtype])
-    return replace(low, indices=PackedIndices.pack(indices, delta.numel()), values=values)
+    stored = values.to(TORCH_DTYPES[low.dtype])
+    residual.numpy().reshape(-1)[indices.numpy()] = (values - stored).numpy()
+    packed = PackedIndices.pack(indices, delta.numel())
+    return replace(low, indices=packed, values=stored, error=squared_norm(residual))
 
 
 def _masked(low: PrunedDelta, count: int, exact: bool) -> PrunedDelta:

@@ -38,9 +38,10 @@ def top_k(
     else:
         magnitude = np.abs(flat)
         threshold = np.partition(magnitude, flat.size - count)[flat.size - count]
-        above = np.flatnonzero(magnitude > threshold)
-        ties = np.flatnonzero(magnitude == threshold)[: count - above.size]
-        indices = np.sort(np.concatenate([above, ties])).astype(np.int32)
+        kept = magnitude >= threshold
+        if (over := int(np.count_nonzero(kept)) - count) > 0:
+            kept[np.flatnonzero(magnitude == threshold)[-over:]] = False
+        indices = np.flatnonzero(kept).astype(np.int32)
     return torch.from_numpy(indices), torch.from_numpy(flat[indices])
 
 

@@ -12,8 +12,9 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -26,6 +27,7 @@ from lors.blocks import as_rows, row_blocks
 from lors.checkpoint import Checkpoint
 from lors.errors import CheckpointError, InputError
 from lors.groups import unmatched
+from lors.low_rank import load_lapack
 from lors.merging import recipe as r
 from lors.merging.combiners import Fold, Joint
 from lors.merging.parts import combiner
@@ -35,7 +37,7 @@ from lors.prune import PrunedDelta, prune_delta
 from lors.resources import cores
 from lors.task_vector import TaskVector
 
-__all__ = ["Block", "Expert", "Merger", "Rows", "finished", "run_all", "run_ordered"]
+__all__ = ["Block", "Expert", "Merger", "Rows", "finished", "run_all", "run_ordered", "run_unordered"]
 
 T = TypeVar("T")
 Block = tuple[int, torch.Tensor, torch.Tensor]
@@ -113,6 +115,8 @@ class Merger:
         return self
 
     def _prepare(self) -> None:
+        if self._decompositions() or not combiner(self.recipe.combine).elementwise:
+            load_lapack()
         if self._model_trims() and (decomposed := [n for n in self._decompositions() if n < self._model_trims()[-1]]):
             self._spool(decomposed[-1] + 1)
         for number in self._model_trims():
@@ -363,6 +367,33 @@ def run_all(
     order = sorted(names, key=lambda name: (-size(name), name))
     results = dict(run_ordered(work, order, workers, size, ahead=len(order)))
     return [results[name] for name in names]
+
+
+def run_unordered(
+    work: Callable[[str], T],
+    names: Sequence[str],
+    workers: int,
+    size: Callable[[str], int] = lambda name: 1,
+) -> Iterator[tuple[str, T]]:
+    """(name, `work` of it) as they get ready, the largest first, computed side by side as `run_all` says."""
+    room = _Room(2 * max(map(size, names), default=0))
+
+    def one(name: str) -> tuple[str, T]:
+        with room.taken(size(name)):
+            return name, work(name)
+
+    order = iter(sorted(names, key=lambda name: (-size(name), name)))
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(one, name) for name in islice(order, 2 * workers)}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                waiting |= {pool.submit(one, name) for name in islice(order, len(done))}
+                for future in done:
+                    yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_ordered(

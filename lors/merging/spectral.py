@@ -214,9 +214,7 @@ def _directions(
     count: int | None = None,  # at most so many
     scale: float | None = None,  # what NOISE is a share of: where None, the largest singular value
 ) -> tuple[Array, Array]:  # (r,) singular values, falling, above the noise; (k, r) right singular vectors
-    import scipy.linalg  # as in low_rank
-
-    squares, vectors = scipy.linalg.eigh(gram, driver="evd", check_finite=False)
+    squares, vectors = np.linalg.eigh(gram)  # scipy's would keep other threads waiting
     values = np.sqrt(squares.clip(min=0))[::-1][:count]
     kept = int((values > NOISE * (values[:1] if scale is None else scale)).sum())
     return values[:kept], vectors[:, ::-1][:, :kept]
