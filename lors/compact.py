@@ -11,10 +11,10 @@ from lors.checkpoint import Checkpoint
 from lors.delta_file import DeltaFile, write
 from lors.errors import InputError
 from lors.low_rank import load_lapack
-from lors.merging.engine import run_ordered, run_unordered
 from lors.merging.folders import Progress, check_patterns, open_experts
 from lors.prune import Dtype, PrunedDelta, PruneSettings, prune_delta
 from lors.resources import cores
+from lors.workers import run_ordered, run_unordered
 
 __all__ = ["prune_expert"]
 

@@ -21,7 +21,7 @@ from lors.blocks import row_blocks
 from lors.checkpoint import Checkpoint
 from lors.errors import CheckpointError, InputError
 from lors.merging.combiners import Fold
-from lors.merging.engine import Block, Merger, finished, run_all
+from lors.merging.engine import Block, Merger, finished
 from lors.merging.folders import Progress, card, check_patterns, open_experts, write_merged
 from lors.merging.parts import combiner
 from lors.merging.recipe import Recipe, with_group
@@ -30,6 +30,7 @@ from lors.model_writer import model_writer
 from lors.resources import cores
 from lors.store import sync_to_disk
 from lors.tensor_file import TensorFile, read_header, read_rows, writing
+from lors.workers import run_all
 
 __all__ = ["Accumulator", "accumulate", "write_accumulated"]
 

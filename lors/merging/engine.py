@@ -10,17 +10,13 @@ from __future__ import annotations
 import functools
 import tempfile
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
-from itertools import islice
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-from threadpoolctl import threadpool_limits
 
 from lors import delta_file
 from lors.blocks import as_rows, row_blocks
@@ -36,10 +32,10 @@ from lors.merging.spectral import star
 from lors.prune import PrunedDelta, prune_delta
 from lors.resources import cores
 from lors.task_vector import TaskVector
+from lors.workers import run_all, run_ordered
 
-__all__ = ["Block", "Expert", "Merger", "Rows", "finished", "run_all", "run_ordered", "run_unordered"]
+__all__ = ["Block", "Expert", "Merger", "Rows", "finished"]
 
-T = TypeVar("T")
 Block = tuple[int, torch.Tensor, torch.Tensor]
 """The first row, the base's rows (float64), the merged delta's (float64 or float32)."""
 
@@ -340,104 +336,3 @@ class _Lazy(Sequence[torch.Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._makers[index]()
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Workers side by side with a thread each finish earlier than one with all threads, and always the same."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def run_all(
-    work: Callable[[str], T],
-    names: Sequence[str],
-    workers: int,
-    size: Callable[[str], int] = lambda name: 1,
-) -> list[T]:
-    """`work` of every name, the largest first; results in the order given. The first error stops what has not begun.
-
-    Side by side run only as many as are together no larger than twice the largest, so that memory follows the largest.
-    """
-    order = sorted(names, key=lambda name: (-size(name), name))
-    results = dict(run_ordered(work, order, workers, size, ahead=len(order)))
-    return [results[name] for name in names]
-
-
-def run_unordered(
-    work: Callable[[str], T],
-    names: Sequence[str],
-    workers: int,
-    size: Callable[[str], int] = lambda name: 1,
-) -> Iterator[tuple[str, T]]:
-    """(name, `work` of it) as they get ready, the largest first, computed side by side as `run_all` says."""
-    room = _Room(2 * max(map(size, names), default=0))
-
-    def one(name: str) -> tuple[str, T]:
-        with room.taken(size(name)):
-            return name, work(name)
-
-    order = iter(sorted(names, key=lambda name: (-size(name), name)))
-    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(one, name) for name in islice(order, 2 * workers)}
-        try:
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                waiting |= {pool.submit(one, name) for name in islice(order, len(done))}
-                for future in done:
-                    yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def run_ordered(
-    work: Callable[[str], T],
-    names: Sequence[str],
-    workers: int,
-    size: Callable[[str], int] = lambda name: 1,
-    ahead: int | None = None,  # results that may wait for their turn; twice the workers where None
-) -> Iterator[tuple[str, T]]:
-    """(name, `work` of it) in the order given, computed side by side as `run_all` says."""
-    room = _Room(2 * max(map(size, names), default=0))
-
-    def one(name: str) -> T:
-        with room.taken(size(name)):
-            return work(name)
-
-    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[str, Future[T]]] = deque()
-        try:
-            for name in names:
-                waiting.append((name, pool.submit(one, name)))
-                if len(waiting) > (2 * workers if ahead is None else ahead):
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-class _Room:
-    def __init__(self, limit: int) -> None:
-        self._free, self._changed = limit, threading.Condition()
-
-    @contextmanager
-    def taken(self, size: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= size)
-            self._free -= size
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += size
-                self._changed.notify_all()

@@ -18,13 +18,14 @@ from lors.checkpoint import Checkpoint
 from lors.delta_file import DeltaFile
 from lors.errors import CheckpointError, InputError
 from lors.groups import unmatched
-from lors.merging.engine import Expert, Merger, run_all
+from lors.merging.engine import Expert, Merger
 from lors.merging.recipe import Recipe
 from lors.merging.registry import METHODS, expert_weights, make_recipe
 from lors.model_writer import ModelWriter, model_writer
 from lors.prune_settings import PruneSettings
 from lors.resources import cores
 from lors.task_vector import TaskVector, apply
+from lors.workers import run_all
 
 __all__ = [
     "MergeResult",

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,7 +12,7 @@ from lors.delta_file import DeltaFile, write
 from lors.errors import CheckpointError, InputError
 from lors.merging import METHODS, make_recipe
 from lors.merging.combiners import Fold
-from lors.merging.engine import Merger, run_all, run_ordered
+from lors.merging.engine import Merger
 from lors.merging.parts import combiner
 from lors.merging.recipe import Combine, Lors, Magnitude, Recipe, Star, Step
 from lors.merging.registry import STEPS
@@ -228,31 +226,3 @@ def test_refuses_what_does_not_fit(models, tensor_folder, tmp_path):
         pass
     with pytest.raises(InputError, match="belongs to the group 'encodr'"):
         Merger(base, {"x": TaskVector(base, base)}, make_recipe("ties", groups={"encodr": {}}), {"x": 1.0})
-
-
-def test_run_all_keeps_the_order_the_size_and_the_first_error():
-    running, most, lock = 0, 0, threading.Lock()
-    sizes = {"a": 1, "b": 5, "c": 5, "d": 5, "e": 2}
-
-    def work(name: str) -> str:
-        nonlocal running, most
-        with lock:
-            running += sizes[name]
-            most = max(most, running)
-        time.sleep(0.01)
-        with lock:
-            running -= sizes[name]
-        return name.upper()
-
-    assert run_all(work, [*sizes], 4, sizes.__getitem__) == ["A", "B", "C", "D", "E"]
-    assert 5 < most <= 10  # twice the largest
-    assert [*run_ordered(work, "edcba", 2, sizes.__getitem__)] == [(n, n.upper()) for n in "edcba"]
-    started: list[str] = []
-
-    def fail(name: str) -> None:
-        started.append(name)
-        raise ValueError(name)
-
-    with pytest.raises(ValueError, match="a"):
-        run_all(fail, [f"a{n}" for n in range(100)], 1)
-    assert len(started) < 100
