@@ -1,15 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 from lors.blocks import BLOCK
 from lors.checkpoint import Checkpoint
 from lors.delta_file import DeltaFile, write
 from lors.errors import CheckpointError, InputError
+from lors.low_rank import load_lapack
 from lors.merging import METHODS, make_recipe
 from lors.merging.combiners import Fold
 from lors.merging.engine import Merger
@@ -51,6 +53,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
         save_file(tensors, folder / "model.safetensors")
         made[name] = Checkpoint(folder)
     return made
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The engine computes on one thread each, and a trim may hang on the last bit: so do the references."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    load_lapack()
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
 
 
 def vectors(models: Mapping[str, Checkpoint]) -> dict[str, TaskVector]:
