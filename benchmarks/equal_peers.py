@@ -1,6 +1,6 @@
 """Our numbers beside mergekit's and fusion-bench's, method by method: see benchmarks/README.md.
 
-    python benchmarks/equal_peers.py --work /tmp/bench --peers /tmp/peers
+    python benchmarks/equal_peers.py --work bench --peers peers
 
 Three experts of a small Whisper are merged by the peer and by `lors.merging` with `like` the peer. For each method: the
 largest absolute difference, and at how many entries one of the two leaves the base as it is and the other does not

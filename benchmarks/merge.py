@@ -1,6 +1,6 @@
 """Time and memory of `lors merge` and of LoRS pruning beside the peers': see benchmarks/README.md.
 
-    python benchmarks/merge.py --work /tmp/bench --peers /tmp/peers --sizes base small large-v3
+    python benchmarks/merge.py --work bench --peers peers --sizes base small large-v3
 
 Every command runs as a process of its own. The last line printed is one JSON object of ratios and counts.
 """
