@@ -2,172 +2,42 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-)
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, field_validator
 
 from lors.errors import ConfigError, InputError
 from lors.merging.recipe import Group, Recipe
 from lors.prune_settings import PruneSettings
+from lors.settings import Language, Section, Task, nearest
+from lors.speech.corpora.settings import (
+    CommonVoiceCorpora,
+    Corpora,
+    DatasetsCorpora,
+    FolderCorpora,
+    ManifestCorpora,
+    SyntheticCorpora,
+)
+from lors.training.settings import Finetune
 
 __all__ = [
     "Evaluate",
     "Experiment",
     "Expert",
-    "Finetune",
-    "Limits",
-    "ManifestCorpora",
     "Merge",
     "Resources",
     "ScalingSearch",
-    "SyntheticCorpora",
     "load_experiment",
     "parse_experiment",
 ]
 
-Task = Literal["transcribe", "translate"]
-Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 
-
-Counts = TypeVar("Counts", bound=BaseModel)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class Limits(_Section):
-    """The most utterances of each split; None takes all (in an override: as many as in the other languages)."""
-
-    train: PositiveInt | None = None
-    validation: PositiveInt | None = None
-    test: PositiveInt | None = None
-
-
-def _known_columns(columns: dict[str, str]) -> dict[str, str]:
-    known = ("audio", "text", "translation", "id", "speaker", "seconds")
-    for name in columns:
-        if name not in known:
-            raise ValueError(f"{name!r} is no column of ours{_nearest(name, known)}: map {', '.join(known)}")
-    return columns
-
-
-Columns = Annotated[dict[str, str], AfterValidator(_known_columns)]
-
-
-class _Corpora(_Section):
-    min_seconds: Annotated[float, Field(ge=0)] = 0.1
-    """Shorter recordings are rejected."""
-    max_seconds: Annotated[float, Field(gt=0, le=30)] = 30.0
-    """Longer recordings are rejected; never more than the base hears in one window."""
-    max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """The share of bad rows above which the preparation stops instead of going on."""
-
-
-class ManifestOverride(_Section):
-    """What one language does otherwise; what is left out is as for all."""
-
-    path: str | None = None
-    columns: Columns | None = None
-    limits: Limits | None = None
-
-
-class ManifestCorpora(_Corpora):
-    """Speech listed in JSONL, CSV or Parquet files, one a (language, split)."""
-
-    source: Literal["manifest"]
-    """Says that this is a manifest corpus."""
-    path: str
-    """With `{language}` and `{split}` (train, validation, test) in it, such as `data/{language}/{split}.jsonl`."""
-    columns: Columns = {}
-    """Our name to the file's: audio, text, translation, id, speaker, seconds."""
-    limits: Limits = Limits()
-    """The most utterances taken, in the file's order."""
-    overrides: dict[Language, ManifestOverride] = {}
-    """Other settings for single languages."""
-
-    def of(self, language: str) -> ManifestCorpora:
-        """These settings with the overrides of one language put in."""
-        own = self.overrides.get(language, ManifestOverride())
-        changes = {
-            "path": own.path or self.path,
-            "columns": {**self.columns, **(own.columns or {})},
-            "limits": _updated(self.limits, own.limits or Limits()),
-        }
-        return self.model_copy(update=changes)
-
-
-def _updated(counts: Counts, changes: Limits) -> Counts:
-    return counts.model_copy(update=changes.model_dump(exclude_none=True))
-
-
-class SyntheticCounts(_Section):
-    """Utterances of each split, in each language."""
-
-    train: PositiveInt = 400
-    validation: PositiveInt = 60
-    test: PositiveInt = 120
-
-
-class SyntheticCorpora(_Corpora):
-    """Parallel sentences spoken by eSpeak NG (the `synthesis` extra)."""
-
-    source: Literal["synthetic"]
-    """Says that this is a synthetic corpus."""
-    utterances: SyntheticCounts = SyntheticCounts()
-    """How many of each split."""
-    seed: NonNegativeInt = 1
-    """The starter base was trained on seed 0."""
-    overrides: dict[Language, Limits] = {}
-    """Other numbers of utterances for some languages."""
-
-    def of(self, language: str) -> SyntheticCorpora:
-        """These settings with the overrides of one language put in."""
-        own = self.overrides.get(language, Limits())
-        return self.model_copy(update={"utterances": _updated(self.utterances, own)})
-
-
-class Finetune(_Section):
-    """How each expert is trained (AdamW, linear warm-up, linear decay to 0)."""
-
-    steps: PositiveInt = 500
-    """Updates of the weights."""
-    learning_rate: PositiveFloat | None = None
-    """The peak. None: by the size of the base, 3.75e-5 (tiny) to 5e-6 (large)."""
-    batch_seconds: PositiveFloat = 80.0
-    """Utterances times window of a batch, in seconds of audio."""
-    window: Literal["auto"] | PositiveFloat = "auto"
-    """Seconds the encoder takes. auto: the longest utterance of the batch + 2 s, at least 7 s, for a 30 s base."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """The share of the steps in which the learning rate rises."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's."""
-    clip: PositiveFloat = 1.0
-    """The largest gradient norm."""
-    freeze: tuple[str, ...] = ()
-    """Glob patterns of parameters that are not trained, such as `model.encoder.*`."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on GPUs that have it, fp32 elsewhere."""
-    seed: NonNegativeInt = 0
-    """Of the order of the batches; the same for all experts."""
-
-
-class ScalingSearch(_Section):
+class ScalingSearch(Section):
     """The scaling coefficient is the one with the least error on the validation split."""
 
     search: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
@@ -177,7 +47,7 @@ class ScalingSearch(_Section):
     the teacher-forced cross-entropies."""
 
 
-class Merge(_Section):
+class Merge(Section):
     """How the task vectors become one."""
 
     method: str = "lors"
@@ -212,11 +82,11 @@ def _known_method(name: str) -> str:
     from lors.merging.registry import METHODS
 
     if name not in METHODS:
-        raise ValueError(f"{name!r} is not a merging method{_nearest(name, METHODS)}: choose from {', '.join(METHODS)}")
+        raise ValueError(f"{name!r} is not a merging method{nearest(name, METHODS)}: choose from {', '.join(METHODS)}")
     return name
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """How every system is decoded and scored; the same for all that are compared."""
 
     beams: PositiveInt = 1
@@ -227,18 +97,28 @@ class Evaluate(_Section):
     """Utterances times window of a batch, in seconds of audio."""
     normaliser: Literal["lors", "whisper_basic", "none"] = "lors"
     """Of the text that WER and CER compare; BLEU and chrF2 compare raw text."""
+    guard: tuple[Language, ...] = ()
+    """Languages that no expert is trained for; the base and every merged or trained-on-all system are scored on their
+    test split, so that forgetting is seen."""
 
 
-class Resources(_Section):
+class Resources(Section):
     """What the run may use of this machine; results do not depend on it but for the threads' rounding."""
 
     parallel: Literal["auto"] | PositiveInt = "auto"
     """Steps computed side by side. auto: one a GPU, else one a core up to the number of experts."""
     threads: Literal["auto"] | PositiveInt = "auto"
     """CPU threads of each step. auto: the cores shared out."""
+    processes: PositiveInt = 1
+    """GPUs that train one expert together (`torchrun`, DDP); without GPUs, CPU processes."""
+    tensorboard: Path | None = None
+    """A folder for TensorBoard's curves of every training (the `tensorboard` extra)."""
 
 
-class Expert(_Section):
+Baseline = Literal["base", "experts", "multitask", "sequential"]
+
+
+class Expert(Section):
     """One (language, task) pair."""
 
     language: str
@@ -250,7 +130,7 @@ class Expert(_Section):
         return f"{self.language}-{self.task}"
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """Everything a run depends on."""
 
     base: str
@@ -259,8 +139,10 @@ class Experiment(_Section):
     """Whisper's language codes."""
     tasks: Annotated[tuple[Task, ...], Field(min_length=1)] = ("transcribe", "translate")
     """Whisper's tasks; translate is into English."""
-    corpora: Annotated[ManifestCorpora | SyntheticCorpora, Field(discriminator="source")]
+    corpora: Corpora
     """Where the speech comes from."""
+    corpora_of: dict[Language, Corpora] = {}
+    """Languages whose speech comes from another source altogether."""
     finetune: Finetune = Finetune()
     """How experts are trained."""
     prune: PruneSettings = PruneSettings()
@@ -269,6 +151,12 @@ class Experiment(_Section):
     """How task vectors become one."""
     compare: tuple[str, ...] = ()
     """Other merging methods, run beside `merge.method` with the same scaling search."""
+    baselines: tuple[Baseline, ...] = ("base", "experts")
+    """multitask: one model trained on all languages and tasks at once. sequential: one language after the other, each
+    with all tasks. Both with as many updates as all experts together. base and experts, which recovery lies between,
+    are always scored."""
+    sequence: tuple[Language, ...] | None = None
+    """The order of the sequential baseline; None: as in `languages`."""
     evaluate: Evaluate = Evaluate()
     """How systems are scored."""
     resources: Resources = Resources()
@@ -283,11 +171,11 @@ class Experiment(_Section):
     def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(_known_method(name) for name in names)
 
-    @field_validator("languages", "tasks", "compare")
+    @field_validator("languages", "tasks", "compare", "baselines", "sequence")
     @classmethod
-    def _no_repeats(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        for value in values:
-            if values.count(value) > 1:
+    def _no_repeats(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for value in (listed := values or ()):
+            if listed.count(value) > 1:
                 raise ValueError(f"{value} is listed twice")
         return values
 
@@ -296,28 +184,59 @@ class Experiment(_Section):
         known = {*self.languages, *(expert.id for expert in self.experts)}
         for name in self.merge.weights:
             if name not in known:
-                raise ValueError(f"merge.weights names {name!r}, which is no expert{_nearest(name, known)}")
-        for language in self.corpora.overrides:
-            if language not in self.languages:
-                raise ValueError(f"corpora.overrides names {language!r}, which is not among the languages")
-        if isinstance(self.corpora, ManifestCorpora):
-            owners: dict[str, str] = {}
-            for language in self.languages:
-                path = self.corpora.of(language).path
-                try:
-                    train, test = (path.format(language=language, split=split) for split in ("train", "test"))
-                except (AttributeError, IndexError, KeyError, ValueError) as error:
-                    raise ValueError(
-                        f"corpora.path {path!r} may have {{language}} and {{split}} in braces, nothing else"
-                    ) from error
-                if train == test:
-                    raise ValueError(f"corpora.path {path!r} of {language} has no {{split}} in it")
-                if owners.setdefault(train, language) != language:
-                    raise ValueError(
-                        f"corpora.path gives {language} the files of {owners[train]}: put {{language}} in it, or "
-                        "override it"
-                    )
+                raise ValueError(f"merge.weights names {name!r}, which is no expert{nearest(name, known)}")
+        for guard in self.evaluate.guard:
+            if guard in self.languages:
+                raise ValueError(f"evaluate.guard names {guard!r}, which experts are trained for: name others")
+        if self.sequence is not None and sorted(self.sequence) != sorted(self.languages):
+            raise ValueError(f"sequence must name each of the languages once: {', '.join(self.languages)}")
+        for name, settings in (("corpora.overrides", self.corpora.overrides), ("corpora_of", self.corpora_of)):
+            for language in settings:
+                if language not in self.spoken:
+                    raise ValueError(f"{name} names {language!r}, which is not among the languages")
+        for language, corpora in self.corpora_of.items():
+            if corpora.overrides:
+                raise ValueError(f"corpora_of.{language} is of one language: put its overrides beside its source")
+        self._check_paths()
         return self
+
+    def _check_paths(self) -> None:
+        """That each (language, split) has a place of its own."""
+        owners: dict[tuple[str, str], str] = {}
+        for language in self.spoken:
+            corpora = self.speech_of(language)
+            key = f"corpora_of.{language}.path" if language in self.corpora_of else "corpora.path"
+            path = getattr(corpora, "path", None)
+            if path is None:
+                continue
+            try:
+                train, test = (path.format(language=language, split=split) for split in ("train", "test"))
+            except (AttributeError, IndexError, KeyError, ValueError) as error:
+                raise ValueError(
+                    f"{key} {path!r} may have {{language}} and {{split}} in braces, nothing else"
+                ) from error
+            if isinstance(corpora, ManifestCorpora) and train == test:
+                raise ValueError(f"{key} {path!r} of {language} has no {{split}} in it")
+            if not isinstance(corpora, ManifestCorpora) and train != test:
+                raise ValueError(f"{key} {path!r} names all splits of {language}: leave {{split}} out")
+            if not isinstance(corpora, ManifestCorpora | FolderCorpora):
+                continue  # others find the language inside
+            if owners.setdefault((corpora.source, train), language) != language:
+                raise ValueError(
+                    f"{key} gives {language} the files of {owners[corpora.source, train]}: put {{language}} in it, or "
+                    "override it"
+                )
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """All languages that speech is needed of: those with experts, then the guards."""
+        return (*self.languages, *self.evaluate.guard)
+
+    def speech_of(
+        self, language: str
+    ) -> ManifestCorpora | FolderCorpora | CommonVoiceCorpora | DatasetsCorpora | SyntheticCorpora:
+        """Where the speech of a language comes from, with its overrides put in."""
+        return self.corpora_of.get(language, self.corpora).of(language)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
@@ -396,13 +315,13 @@ def _sentence(errors: Sequence[Any], data: Mapping[str, Any]) -> str:
     shown = ".".join(place)
     if error["type"] == "extra_forbidden":
         known = _fields_at([str(part) for part in error["loc"][:-1]])
-        return f"unknown key {shown!r}{_nearest(place[-1], known)}; known here: {', '.join(known)}"
+        return f"unknown key {shown!r}{nearest(place[-1], known)}; known here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{shown!r} is missing: add it"
     if error["type"] == "union_tag_invalid":
-        return f"{shown}.source must be manifest or synthetic, not {error['input'].get('source')!r}"
+        return f"{shown}.source must be {_SOURCES}, not {error['input'].get('source')!r}"
     if error["type"] == "union_tag_not_found":
-        return f"{shown}.source is missing: say manifest or synthetic"
+        return f"{shown}.source is missing: say {_SOURCES}"
     if error["type"] == "too_short":
         return f"{shown} is empty: list at least one value"
     if error["type"] == "value_error":
@@ -415,6 +334,9 @@ def _sentence(errors: Sequence[Any], data: Mapping[str, Any]) -> str:
         messages = {"a language code of two or three small letters, such as 'es'": None}
     quote = isinstance(error["input"], bool) and " (YAML reads a bare no, off, yes or on so: put it in quotes)"
     return f"{shown} should be {' or '.join(messages)}, not {error['input']!r}{quote or ''}"
+
+
+_SOURCES = "manifest, folder, common_voice, datasets or synthetic"
 
 
 def _place(error: Any, data: Any) -> tuple[str, ...]:
@@ -437,14 +359,11 @@ def _yaml_type(found: re.Match[str]) -> str:
     return "a list" if found[1] == "tuple" else "a mapping"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
 def _fields_at(location: Sequence[str]) -> list[str]:
     """The known keys of the section that a pydantic error's location leads to."""
-    tagged = {"manifest": ManifestCorpora, "synthetic": SyntheticCorpora, "ScalingSearch": ScalingSearch}
+    sources = (ManifestCorpora, FolderCorpora, CommonVoiceCorpora, DatasetsCorpora, SyntheticCorpora)
+    tagged: dict[str, Any] = {model.model_fields["source"].annotation.__args__[0]: model for model in sources}  # type: ignore[union-attr]
+    tagged["ScalingSearch"] = ScalingSearch
     section: Any = Experiment
     for part in location:
         if part in tagged:

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lors.config import Experiment, Expert, ManifestCorpora, ScalingSearch
+from lors.config import Experiment, Expert, ScalingSearch
 from lors.errors import CheckpointError, ConfigError
 from lors.isolate import Slots
 from lors.merging.recipe import Recipe
 from lors.merging.registry import METHODS
 from lors.model_folder import folder_digest, read_json, resolve_folder
 from lors.prune_settings import PruneSettings
+from lors.speech.corpora.settings import ManifestCorpora, SyntheticCorpora
 from lors.speech.corpus import SPLITS
 from lors.starter import MODEL_FOLDER
 from lors.store import Artifact, Memo, Store, file_digest, step_key
@@ -211,7 +212,7 @@ class _Builder:
         return {split: self.prepare_split(language, split) for split in SPLITS}
 
     def prepare_split(self, language: str, split: str) -> str:
-        corpora = self.experiment.corpora
+        corpora = self.experiment.speech_of(language)
         settings: dict[str, Any] = {
             "language": language,
             "split": split,
@@ -221,15 +222,7 @@ class _Builder:
             "max_rejected": corpora.max_rejected,
         }
         rest: dict[str, Any] = {"language": language}
-        if isinstance(corpora, ManifestCorpora):
-            from lors.speech.corpora.manifest import content_digest
-
-            own = corpora.of(language)
-            path = Path(own.path.format(language=language, split=split))
-            settings |= {"columns": own.columns, "limit": getattr(own.limits, split)}
-            rest["outside"] = {"manifest": content_digest(path, own.columns, self.store.memo)}
-            rest["places"] = {"manifest": str(path.absolute())}
-        else:
+        if isinstance(corpora, SyntheticCorpora):
             from lors.speech.corpora.synthetic import LANGUAGES, generator_versions
 
             if language not in LANGUAGES:
@@ -237,8 +230,16 @@ class _Builder:
                     f"languages: the synthetic corpus does not speak {language!r}, choose from {', '.join(LANGUAGES)} "
                     "or give a manifest"
                 )
-            settings |= {"limit": getattr(corpora.of(language).utterances, split), "seed": corpora.seed}
+            settings |= {"limit": getattr(corpora.utterances, split), "seed": corpora.seed}
             rest["outside"] = generator_versions()
+        else:
+            from lors.speech.corpora.manifest import content_digest
+
+            assert isinstance(corpora, ManifestCorpora)
+            path = Path(corpora.path.format(language=language, split=split))
+            settings |= {"columns": corpora.columns, "limit": getattr(corpora.limits, split)}
+            rest["outside"] = {"manifest": content_digest(path, corpora.columns, self.store.memo)}
+            rest["places"] = {"manifest": str(path.absolute())}
         return self.add(f"prepare {language} {split}", "prepare_split", settings, **rest)
 
     def expert(self, expert: Expert, corpus: Corpus) -> str:

@@ -73,10 +73,10 @@ def fine_tune(
     **_: Any,
 ) -> dict[str, Any]:
     """An expert: the base trained on one (language, task), a complete Hugging Face folder in float32."""
-    from lors import config
     from lors.errors import CorpusError
     from lors.speech import finetune
     from lors.speech.corpus import read_split
+    from lors.training.settings import Finetune
 
     language, task = settings["language"], settings["task"]
     model, processor = _load(places["base"], threads)
@@ -90,7 +90,7 @@ def fine_tune(
                 f"no utterance of the {split} split of {language} can be used to {task}: give it "
                 f"{'translations' if task == 'translate' else 'shorter texts'}, or leave {task} out of the tasks"
             )
-    own = config.Finetune(**{k: v for k, v in settings.items() if k not in ("language", "task")})
+    own = Finetune(**{k: v for k, v in settings.items() if k not in ("language", "task")})
     result = finetune.fine_tune(model, examples["train"], examples["validation"], own, Path(work) / "training", report)
     model.save_pretrained(out)
     processor.save_pretrained(out)

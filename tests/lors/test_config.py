@@ -12,8 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lors.config import Limits, ManifestCorpora, ScalingSearch, SyntheticCorpora, load_experiment, parse_experiment
+from lors.config import ScalingSearch, load_experiment, parse_experiment
 from lors.errors import ConfigError
+from lors.speech.corpora.settings import Limits, ManifestCorpora, SyntheticCorpora
 
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
 MANIFEST = {"source": "manifest", "path": "data/{language}/{split}.jsonl"}
@@ -120,8 +121,11 @@ def test_unknown_key_goes_before_its_consequences() -> None:
         ({"merge": {"parameters": {"ties": {"densty": 1}}}}, "merge: parameters: ties has no parameter 'densty'"),
         ({"merge": {"parameters": {"tise": {}}}}, "merge: 'tise' is not a merging method, did you mean"),
         ({"merge": {"groups": {"encoder": {"scalng": 1}}}}, "unknown key 'merge.groups.encoder.scalng', did you mean"),
-        ({"corpora": {}}, "corpora.source is missing: say manifest or synthetic"),
-        ({"corpora": {"source": "cloud"}}, "corpora.source must be manifest or synthetic, not 'cloud'"),
+        ({"corpora": {}}, "corpora.source is missing: say manifest, folder, common_voice,"),
+        (
+            {"corpora": {"source": "cloud"}},
+            "corpora.source must be manifest, folder, common_voice, datasets or synthetic, not 'cloud'",
+        ),
         ({"corpora": None}, "corpora should be a mapping, not None"),
         ({"corpora": {"source": "manifest"}}, "'corpora.path' is missing: add it"),
         (
