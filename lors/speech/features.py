@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FRAMES_PER_SECOND", "MelCache", "log_mel", "native_window", "pad_mels", "window_for", "windowed"]
+__all__ = ["FRAMES_PER_SECOND", "log_mel", "native_window", "pad_mels", "window_for", "windowed"]
 
 FRAMES_PER_SECOND = 100
 _N_FFT, _HOP = 400, 160
@@ -61,24 +61,6 @@ def pad_mels(mels: Sequence[Tensor], frames: int) -> Tensor:
         row[:, :keep] = mel[:, :keep]
         row[:, keep:] = mel[:, -1:]
     return out
-
-
-class MelCache:
-    """Spectrograms by utterance, kept up to a budget of memory: epochs after the first compute none."""
-
-    def __init__(self, n_mels: int, max_bytes: int = 2 << 30) -> None:
-        self._n_mels, self._left = n_mels, max_bytes
-        self._mels: dict[str, Tensor] = {}
-
-    def batch(self, items: Sequence[Any], frames: int) -> Tensor:
-        """(B, M, `frames`) for utterances that have `id` and `audio()`."""
-        missing = [u for u in items if u.id not in self._mels]
-        fresh = dict(zip([u.id for u in missing], log_mel([u.audio() for u in missing], self._n_mels), strict=True))
-        for key, mel in fresh.items():
-            if self._left >= mel.nbytes:
-                self._left -= mel.nbytes
-                self._mels[key] = mel
-        return pad_mels([fresh[u.id] if u.id in fresh else self._mels[u.id] for u in items], frames)
 
 
 def native_window(config: Any) -> float:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from lors.errors import InputError
+from lors.speech.architecture import FeatureCache, architecture_of
 from lors.speech.corpus import Utterance
-from lors.speech.features import MelCache, log_mel, native_window, pad_mels, window_for, windowed
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TASKS", "Hypothesis", "hypothesis_table", "require_language", "token_limit", "transcribe"]
+__all__ = ["TASKS", "Hypothesis", "hypothesis_table", "token_limit", "transcribe"]
 
 TASKS = ("transcribe", "translate")
 
@@ -56,21 +54,6 @@ class Hypothesis:
     truncated: bool
 
 
-def require_language(source: Any, language: str) -> int:
-    """The id of `<|language|>` in a Whisper processor, tokenizer or generation config; InputError if it has none."""
-    known: dict[str, int] | None = getattr(source, "lang_to_id", None)
-    if known is None:
-        known = getattr(source, "tokenizer", source).get_vocab()
-    languages = {match[1]: number for t, number in known.items() if (match := re.fullmatch(r"<\|([a-z]{2,3})\|>", t))}
-    if language not in languages:
-        raise InputError(
-            f"the model has no language {language!r}: its tokenizer has no token <|{language}|>, and languages come "
-            f"from the base's tokenizer, which has {', '.join(sorted(languages)) or 'none'}; "
-            "use one of those codes or another base"
-        )
-    return languages[language]
-
-
 def token_limit(seconds: float, model_limit: int) -> int:
     """The most tokens that speech of that many seconds can need, at most `model_limit`."""
     return min(model_limit, _TOKENS_AT_LEAST + ceil(_TOKENS_PER_SECOND * seconds))
@@ -87,32 +70,38 @@ def transcribe(
     beams: int = 1,
     batch_seconds: float = 160.0,
     max_new_tokens: int | None = None,
-    mels: MelCache | None = None,
+    cache: FeatureCache | None = None,
     device: torch.device | str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Hypothesis]:
-    """What a Whisper `model` writes for each utterance and task: task by task, the utterances in their given order.
+    """What a `model` writes for each utterance and task: task by task, the utterances in their given order.
 
     The same inputs give the same result. Beside floating-point rounding, a hypothesis does not depend on the others
-    of its batch, except through the window (`window_for` of the batch's longest utterance).
+    of its batch, except through the window that the batch's longest utterance asks for.
 
     Args:
         language: code of the language spoken, also for `translate` (into English).
-        window: seconds of the encoder window, or "auto".
+        window: seconds of the encoder window, or "auto"; Moonshine never hears more than the batch's longest utterance.
         beams: 1 decodes greedily.
         batch_seconds: the most padded seconds (rows times window) encoded at once; one row always is.
         max_new_tokens: the most tokens written; None takes `token_limit` of each utterance.
-        mels: spectrograms kept from call to call.
+        cache: features kept from call to call.
         device: where the model is moved to; None leaves it where it is.
         on_progress: called with (utterances done, all).
 
     Raises:
-        InputError: the tokenizer lacks the language, or an utterance is longer than the window.
+        InputError: the model does not take the language or the task, or an utterance is longer than the window.
     """
     if unknown := [task for task in tasks if task not in TASKS]:
         raise InputError(f"the task {unknown[0]!r} is unknown; Whisper's tasks are {' and '.join(TASKS)}")
-    prompts = {task: _prompt(processor.tokenizer, model, language, task) for task in tasks}
-    batches = _batches(utterances, native_window(model.config), window, batch_seconds)
+    architecture = architecture_of(model)
+    start = model.config.decoder_start_token_id
+    prompts = {task: [start, *architecture.prefix(processor.tokenizer, language, task)] for task in tasks}
+    native = architecture.native_window(model.config)
+    batches = _batches(
+        utterances, lambda longest: architecture.window_for(model.config, longest, window), native, batch_seconds
+    )
+    cache = cache or FeatureCache(architecture, model.config, max_bytes=0)
     found: dict[tuple[str, int], Hypothesis] = {}
     if device is not None:
         model.to(device)
@@ -120,10 +109,14 @@ def transcribe(
     with _decoding(model, beams) as config:
         for seconds, rows in batches:
             batch = [utterances[row] for row in rows]
-            limits = [_limit(model, max_new_tokens, utterance.seconds) for utterance in batch]
-            with torch.inference_mode(), windowed(model, seconds) as frames:
-                encoded = _encode(model, batch, frames, mels)
+            with torch.inference_mode(), architecture.windowed(model, seconds):
+                encoded = _encode(model, architecture.collate(model.config, cache.features(batch), seconds))
                 for task, prompt in prompts.items():
+                    most = architecture.token_limit(model.config) - len(prompt)
+                    limits = [
+                        token_limit(utterance.seconds, most) if max_new_tokens is None else min(max_new_tokens, most)
+                        for utterance in batch
+                    ]
                     written = _decode(model, encoded, prompt, config, max(limits))
                     cut = [_until_end(tokens, config, limit) for tokens, limit in zip(written, limits, strict=True)]
                     texts = processor.tokenizer.batch_decode([tokens for tokens, _ in cut], skip_special_tokens=True)
@@ -158,14 +151,14 @@ def hypothesis_table(
 
 
 def _batches(
-    utterances: Sequence[Utterance], native: float, setting: str | float, batch_seconds: float
+    utterances: Sequence[Utterance], window_for: Callable[[float], float], native: float, batch_seconds: float
 ) -> list[tuple[float, list[int]]]:
     """(window, rows) of every batch, the longest first: what does not fit in memory fails at once."""
     order = sorted(range(len(utterances)), key=lambda row: (-utterances[row].seconds, row))
     batches: list[tuple[float, list[int]]] = []
     while order:
         longest = utterances[order[0]]
-        window = window_for(longest.seconds, native, setting)
+        window = window_for(longest.seconds)
         if longest.seconds > window:
             raise InputError(
                 f"utterance {longest.id} lasts {longest.seconds:.1f} s, more than the window of {window:g} s (the "
@@ -174,7 +167,7 @@ def _batches(
         # A row whose own window is much shorter starts a batch of its own: the encoder's time goes with the padding.
         size = 1
         while size < min(len(order), int(batch_seconds / window)):
-            if window_for(utterances[order[size]].seconds, native, setting) < 0.75 * window:
+            if window_for(utterances[order[size]].seconds) < 0.75 * window:
                 break
             size += 1
         batches.append((window, order[:size]))
@@ -182,28 +175,10 @@ def _batches(
     return batches
 
 
-def _prompt(tokenizer: Any, model: Any, language: str, task: str) -> list[int]:
-    if not getattr(model.generation_config, "is_multilingual", True):
-        raise InputError("the model is an English-only Whisper, which takes no language; use a multilingual base")
-    named = [f"<|{task}|>", "<|notimestamps|>"]
-    vocabulary = tokenizer.get_vocab()
-    if lacking := [token for token in named if token not in vocabulary]:
-        raise InputError(f"the model's tokenizer has no token {lacking[0]}; use a multilingual Whisper as base")
-    language_id = require_language(tokenizer, language)
-    return [model.generation_config.decoder_start_token_id, language_id, *(vocabulary[token] for token in named)]
-
-
-def _limit(model: Any, max_new_tokens: int | None, seconds: float) -> int:
-    model_limit = model.config.max_target_positions - 4  # the prompt's tokens
-    return token_limit(seconds, model_limit) if max_new_tokens is None else min(max_new_tokens, model_limit)
-
-
-def _encode(model: Any, batch: Sequence[Utterance], frames: int, mels: MelCache | None) -> Tensor:
-    """(B, frames / 2, d) of the batch."""
-    n_mels = model.config.num_mel_bins
-    features = mels.batch(batch, frames) if mels else pad_mels(log_mel([u.audio() for u in batch], n_mels), frames)
-    encoded: Tensor = model.get_encoder()(features.to(model.device, model.dtype)).last_hidden_state
-    return encoded
+def _encode(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """The encoder's output, (B, positions, d) and what goes with it, of a batch."""
+    moved = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
+    return model.get_encoder()(moved.pop(model.main_input_name), **moved)
 
 
 @contextlib.contextmanager
@@ -221,19 +196,19 @@ def _decoding(model: Any, beams: int) -> Iterator[Any]:
         model.train(training)
 
 
-def _decode(model: Any, encoded: Tensor, prompt: list[int], config: Any, limit: int) -> list[list[int]]:
-    """The tokens written after `prompt` for each of (B, positions, d), padding included."""
+def _decode(model: Any, encoded: Any, prompt: list[int], config: Any, limit: int) -> list[list[int]]:
+    """The tokens written after `prompt` for each row of the encoder's output, padding included."""
     from transformers import GenerationMixin
-    from transformers.modeling_outputs import BaseModelOutput
 
+    hidden = encoded.last_hidden_state
     config.max_new_tokens = limit
     # Whisper's own `generate` splits what it gets at timestamp tokens, which a weak model may write, and then drops
     # the rest; the plain one keeps every token. It expands the encoder's output in place, hence one holder a call.
     written = GenerationMixin.generate(
         model,
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
-        attention_mask=encoded.new_ones(encoded.shape[:2], dtype=torch.long),  # of the encoder; quiets a warning
-        decoder_input_ids=torch.tensor([prompt], device=encoded.device).expand(len(encoded), -1),
+        encoder_outputs=copy.copy(encoded),
+        attention_mask=hidden.new_ones(hidden.shape[:2], dtype=torch.long),  # of the encoder; quiets a warning
+        decoder_input_ids=torch.tensor([prompt], device=hidden.device).expand(len(hidden), -1),
         generation_config=config,
     )
     tokens: list[list[int]] = written[:, len(prompt) :].tolist()

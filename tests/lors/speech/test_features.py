@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speech_sounds import sound, utterance
+from speech_sounds import sound
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from lors.speech.features import MelCache, log_mel, native_window, pad_mels, window_for, windowed
+from lors.speech.features import log_mel, native_window, pad_mels, window_for, windowed
 
 RATE = 16_000
 EXTRACTORS = {
@@ -154,32 +152,3 @@ def test_windowed_leaves_a_window_that_is_no_shorter() -> None:
     with windowed(model, 10.0) as frames:
         assert frames == 400
         assert model.model.encoder.embed_positions is before
-
-
-@pytest.mark.parametrize("budget", [0, 60_000, 1 << 30])
-def test_cache_equals_no_cache(budget: int) -> None:
-    items = [utterance(number, 0.5 + 0.1 * number) for number in range(4)]  # 15 to 26 kB of spectrogram each
-    cache = MelCache(80, budget)
-    expected = pad_mels([log_mel([u.audio()], 80)[0] for u in items], 150)
-    for _ in range(3):
-        torch.testing.assert_close(cache.batch(items, 150), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(cache.batch(items[::-1], 150), expected.flip(0), rtol=0, atol=1e-6)
-
-
-def test_cache_computes_what_fits_once() -> None:
-    class Counted:
-        def __init__(self, number: int) -> None:
-            self.id, self.reads = f"u{number}", 0
-
-        def audio(self) -> np.ndarray:
-            self.reads += 1
-            return sound(0.5)
-
-    size = log_mel([sound(0.5)], 80)[0].nbytes
-    items = [Counted(number) for number in range(3)]
-    cache = MelCache(80, math.floor(2.5 * size))
-    for _ in range(4):
-        first = cache.batch(items, 60)
-        first.zero_()  # what a caller does to its batch must not reach the cache (SpecAugment works in place)
-    assert [item.reads for item in items] == [1, 1, 4]
-    assert cache.batch(items, 60).abs().sum() > 0

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from speech_sounds import utterance
 
 from lors.errors import CheckpointError, InputError
-from lors.speech.features import MelCache, log_mel, pad_mels, windowed
+from lors.speech.architecture import FeatureCache, Whisper
+from lors.speech.features import log_mel, pad_mels, windowed
 from lors.speech.load import load_model
-from lors.speech.transcribe import TASKS, hypothesis_table, require_language, token_limit, transcribe
+from lors.speech.transcribe import TASKS, hypothesis_table, token_limit, transcribe
 
 UTTERANCES = [utterance(number, seconds) for number, seconds in enumerate((1.2, 0.6, 2.4, 0.9, 11.0, 1.7))]
 
@@ -107,10 +108,10 @@ def test_the_model_is_left_as_it_was(whisper: tuple[Any, Any]) -> None:
 
 def test_cached_spectrograms_change_nothing(whisper: tuple[Any, Any]) -> None:
     model, processor = whisper
-    cache = MelCache(80)
+    cache = FeatureCache(Whisper(), model.config)
     plain = transcribe(model, processor, UTTERANCES, language="es")
-    assert transcribe(model, processor, UTTERANCES, language="es", mels=cache) == plain
-    assert transcribe(model, processor, UTTERANCES, language="es", mels=cache) == plain
+    assert transcribe(model, processor, UTTERANCES, language="es", cache=cache) == plain
+    assert transcribe(model, processor, UTTERANCES, language="es", cache=cache) == plain
 
 
 def test_no_utterances_no_hypotheses(whisper: tuple[Any, Any]) -> None:
@@ -153,15 +154,6 @@ def test_hypothesis_table_pairs_references_and_leaves_out_what_has_none(whisper:
     assert table["speaker"].tolist() == [None, "ana", None]
     assert set(table["language"]) == {"es"}
     assert set(table["split"]) == {"validation"}
-
-
-def test_require_language_in_each_place_that_knows_languages(whisper: tuple[Any, Any]) -> None:
-    model, processor = whisper
-    ids = {require_language(source, "yue") for source in (processor, processor.tokenizer, model.generation_config)}
-    assert ids == {processor.tokenizer.convert_tokens_to_ids("<|yue|>")}
-    for source in (processor, processor.tokenizer, model.generation_config):
-        with pytest.raises(InputError, match=r"no language 'de'.*which has es, fr, yue"):
-            require_language(source, "de")
 
 
 @pytest.mark.parametrize(
