@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import re
+import tempfile
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from math import ceil, inf
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -75,7 +78,11 @@ class Utterance:
     translation: str | None
     speaker: str | None
     seconds: float
-    flac: bytes
+    flac: bytes | memoryview
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = (self.id, self.text, self.translation, self.speaker, self.seconds, bytes(self.flac))
+        return Utterance, own  # a view of a mapped file cannot go to another process
 
     def audio(self) -> np.ndarray:
         """The samples, (samples,) float32 in [-1, 1) at 16 kHz."""
@@ -141,25 +148,40 @@ def encode_flac(samples: np.ndarray) -> bytes:
 
 
 def read_split(path: Path) -> list[Utterance]:
-    """All utterances of a prepared split, in the file's order; raises CorpusError if it is missing or not one."""
+    """All utterances of a prepared split, in the file's order; raises CorpusError if it is missing or not one.
+
+    Their audio is mapped from a temporary file that has no name, so that it takes memory only while it is used.
+    """
     if not path.is_file():
         raise CorpusError(f"the prepared split {path} is missing; prepare the corpus again")
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
         raise CorpusError(f"{path} is not a readable Parquet file ({error}); prepare the corpus again") from error
-    with file:
+    rows: list[dict[str, Any]] = []
+    with file, _spool(path.parent) as spool:
         schema = file.schema_arrow
         missing = [name for name, kind in _COLUMNS if name not in schema.names or schema.field(name).type != kind]
         if missing:
             raise CorpusError(
                 f"{path} is not a prepared split: it has no column {', '.join(missing)} of the right type"
             )
-        return [
-            Utterance(row["id"], row["text"], row["translation"], row["speaker"], row["seconds"], row["audio"]["bytes"])
-            for batch in file.iter_batches(ROW_GROUP, columns=[name for name, _ in _COLUMNS])
-            for row in batch.to_pylist()
-        ]
+        for group in range(file.num_row_groups):  # iter_batches over all of them would keep each one's buffers
+            for row in file.read_row_group(group, columns=[name for name, _ in _COLUMNS]).to_pylist():
+                flac = row.pop("audio")["bytes"]
+                rows.append(row | {"flac": slice(spool.tell(), spool.tell() + len(flac))})
+                spool.write(flac)
+        pa.default_memory_pool().release_unused()
+        spool.flush()
+        audio = memoryview(mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) if rows else b"")
+    return [Utterance(**row | {"flac": audio[row["flac"]]}) for row in rows]
+
+
+def _spool(folder: Path) -> IO[bytes]:
+    try:  # beside the split, as the system's folder for temporary files may lie in memory
+        return tempfile.TemporaryFile(dir=folder)
+    except OSError:  # where this user may not write
+        return tempfile.TemporaryFile()
 
 
 def write_split(
@@ -171,6 +193,7 @@ def write_split(
     min_seconds: float = 0.1,
     max_rejected: float = 0.05,
     limit: int | None = None,
+    hours: float | None = None,
     workers: int = 1,
     on_progress: Progress | None = None,
 ) -> SplitReport:
@@ -181,6 +204,7 @@ def write_split(
 
     Args:
         limit: stop reading once so many utterances are valid; None takes all.
+        hours: stop reading once the valid ones last so long; None takes all.
         max_rejected: the share of the rows read that may be bad, in [0, 1].
         workers: threads that call `Candidate.load`; 1 calls it in this thread. Order and bytes do not depend on it.
         on_progress: called with (utterances written so far, `limit`).
@@ -198,12 +222,18 @@ def write_split(
     ids: set[str] = set()
     speakers: set[str] = set()
     read = characters = translations = samples = 0
+
+    def needed() -> int:  # the least number of further utterances
+        by_count = inf if limit is None else limit - len(ids)
+        by_time = inf if hours is None else ceil((hours * 3600 - samples / SAMPLE_RATE) / max_seconds)
+        return int(max(0, min(by_count, by_time, 2 * workers)))
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         with _writer(partial) as writer:
             group: list[dict[str, Any]] = []
-            results = _prepared(candidates, min_seconds, max_seconds, workers, lambda: len(ids), limit)
+            results = _prepared(candidates, min_seconds, max_seconds, workers, needed)
             for read, (candidate, outcome) in enumerate(results, start=1):
                 if not isinstance(outcome, _RejectedError) and candidate.id in ids:
                     outcome = _RejectedError("duplicate id", "an earlier row has it")
@@ -265,24 +295,22 @@ def _prepared(
     min_seconds: float,
     max_seconds: float,
     workers: int,
-    accepted: Callable[[], int],
-    limit: int | None,
+    needed: Callable[[], int],
 ) -> Iterator[tuple[Candidate, dict[str, Any] | _RejectedError]]:
-    """Every candidate with its row or the reason against it, in order; reads only rows that the limit may need."""
+    """Every candidate with its row or the reason against it, in order; reads only rows that are needed."""
     if workers == 1:
         for candidate in candidates:
             yield candidate, _row(candidate, min_seconds, max_seconds)
-            if limit is not None and accepted() >= limit:
+            if not needed():
                 return
         return
     source = iter(candidates)
     ahead: deque[tuple[Candidate, Future[dict[str, Any] | _RejectedError]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         while True:
-            room = 2 * workers if limit is None else min(2 * workers, limit - accepted())
-            for candidate in islice(source, max(0, room - len(ahead))):
+            for candidate in islice(source, max(0, needed() - len(ahead))):
                 ahead.append((candidate, pool.submit(_row, candidate, min_seconds, max_seconds)))
-            if not ahead:
+            if not ahead or not needed():
                 return
             candidate, future = ahead.popleft()
             yield candidate, future.result()

@@ -11,8 +11,10 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,37 @@ from lors.errors import CorpusError
 from lors.speech.corpus import Candidate, read_audio
 from lors.store import file_digest
 
-__all__ = ["FIELDS", "candidates", "content_digest"]
+__all__ = [
+    "FIELDS",
+    "Row",
+    "Table",
+    "candidates",
+    "check_columns",
+    "columns_of",
+    "content_digest",
+    "open_table",
+    "rows_digest",
+    "rows_to_read",
+    "to_candidates",
+    "values",
+]
 
 FIELDS = ("audio", "text", "translation", "id", "speaker", "seconds")
 _REQUIRED = ("audio", "text")
 
-# One row: its values by column, or (reason, detail) where it could not be taken apart. Bytes that are not UTF-8
-# arrive as lone surrogates, which validation reports as a wrong encoding.
-_Row = dict[str, Any] | tuple[str, str]
+Row = dict[str, Any] | tuple[str, str]
+"""One row: its values by column, or (reason, detail) where it could not be taken apart. Bytes that are not UTF-8
+arrive as lone surrogates, which validation reports as a wrong encoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of utterances."""
+
+    mapping: dict[str, str]
+    """Field to column, for all FIELDS."""
+    rows: Iterator[Row]
+    """To be read once."""
 
 
 def candidates(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Candidate]:
@@ -42,57 +67,103 @@ def candidates(path: Path, columns: Mapping[str, str] | None = None) -> Iterator
 
     Raises CorpusError at once where the manifest is missing, unreadable or lacks a column.
     """
-    return _candidates(path, *_opened(path, columns))
+    table = open_table(path, columns)
+    return to_candidates(table.rows, table.mapping, path.parent, path.name)
 
 
 def content_digest(
-    path: Path, columns: Mapping[str, str] | None = None, memo: MutableMapping[str, str] | None = None
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    memo: MutableMapping[str, str] | None = None,
+    count: int | None = None,  # of the rows that are read (`rows_to_read`); None is all
 ) -> str:
-    """sha256 (hex) over the mapped values of all rows and the bytes of their audio; a missing file counts as such.
+    """sha256 (hex) over the mapped values of the rows and the bytes of their audio; a missing file counts as such.
 
     Audio inside a Parquet manifest is covered by the manifest's own bytes. `memo` is that of `lors.store.file_digest`:
     with it, a file that did not change is not read again. Where the manifest lies does not enter, so a moved corpus
     keeps its digest.
     """
-    mapping, rows = _opened(path, columns, with_audio=False)
+    table = open_table(path, columns, with_audio=False)
+    embeds = path.suffix == ".parquet" and _embeds(_parquet_schema(path), table.mapping["audio"])
+    return rows_digest(islice(table.rows, count), table.mapping, path.parent, memo, [path] if embeds else [])
+
+
+def rows_digest(
+    rows: Iterable[Row],
+    mapping: Mapping[str, str],
+    root: Path,  # of the paths in the rows
+    memo: MutableMapping[str, str] | None,
+    files: Iterable[Path] = (),  # further ones that count
+) -> str:
+    """sha256 (hex) over the mapped values of rows and the bytes of the audio files that they name."""
     total = hashlib.sha256()
     for row in rows:
         values: list[Any] = list(row) if isinstance(row, tuple) else [_text(row.get(mapping[f])) for f in FIELDS[:5]]
         audio = row.get(mapping["audio"]) if isinstance(row, dict) else None
+        data = audio.get("bytes") if isinstance(audio, dict) else audio
         audio = audio.get("path") if isinstance(audio, dict) else audio
         if isinstance(audio, str):
-            values.append(_digest(path.parent / audio, memo))
+            values.append(_digest(root / audio, memo))
+        if isinstance(data, bytes):
+            values.append(hashlib.sha256(data).hexdigest())
         total.update(json.dumps(values).encode() + b"\n")
-    if path.suffix == ".parquet" and _embeds(_parquet_schema(path), mapping["audio"]):
-        total.update(_digest(path, memo).encode())
+    for file in files:
+        total.update(_digest(file, memo).encode())
     return total.hexdigest()
 
 
-def _opened(
-    path: Path, columns: Mapping[str, str] | None, with_audio: bool = True
-) -> tuple[dict[str, str], Iterator[_Row]]:
+def rows_to_read(limit: int | None, max_rejected: float) -> int | None:
+    """The most rows that `write_split` reads without failing: later ones have no part in what it writes."""
+    return None if limit is None or max_rejected >= 1 else int(limit / (1 - max_rejected)) + 1
+
+
+def columns_of(path: Path) -> list[str]:
+    """The columns of a table, none where it is empty; CorpusError where it is no table."""
+    return _reader(path)(path, {"audio": ""}, False)[0] or []
+
+
+def open_table(
+    path: Path,
+    columns: Mapping[str, str] | None,
+    *,
+    with_audio: bool = True,  # False leaves out the audio inside Parquet
+    more: Iterable[str] = (),  # further columns of the rows
+) -> Table:
+    """A JSONL, CSV, TSV or Parquet file; CorpusError where it is missing, damaged or lacks a column."""
     mapping = {field: field for field in FIELDS} | dict(columns or {})
     if unknown := sorted(set(mapping) - set(FIELDS)):
         raise CorpusError(
             f"columns maps {unknown[0]!r}, which is no field of a manifest; those are {', '.join(FIELDS)}"
         )
+    present, rows = _reader(path)(path, mapping | {name: name for name in more}, with_audio)
+    if present is not None:
+        check_columns(f"the manifest {path}", present, mapping, columns or ())
+    return Table(mapping, rows)
+
+
+def check_columns(what: str, present: Sequence[str], mapping: Mapping[str, str], named: Container[str] = ()) -> None:
+    """CorpusError where `what` lacks the column of a field that is required or was `named` by the user."""
+    for field, column in mapping.items():
+        if column not in present and (field in _REQUIRED or field in named):
+            raise CorpusError(
+                f"{what} has no column {column!r} for the {field}; it has: "
+                f"{', '.join(ascii(name)[1:-1] for name in present)}; map the right one under columns"
+            )
+
+
+_Reader = Callable[[Path, dict[str, str], bool], tuple[list[str] | None, Iterator[Row]]]
+
+
+def _reader(path: Path) -> _Reader:
     if not path.is_file():
         raise CorpusError(f"the manifest {path} does not exist; check the corpus' path")
     if path.suffix not in _READERS:
         raise CorpusError(f"the manifest {path} is none of {', '.join(_READERS)}; convert it to one of them")
-    present, rows = _READERS[path.suffix](path, mapping, with_audio)
-    for field, column in mapping.items():
-        # A field that nobody mapped may be absent, unless nothing works without it.
-        if present is not None and column not in present and (field in _REQUIRED or field in (columns or {})):
-            raise CorpusError(
-                f"the manifest {path} has no column {column!r} for the {field}; it has: "
-                f"{', '.join(ascii(name)[1:-1] for name in present)}; map the right one under columns"
-            )
-    return mapping, rows
+    return _READERS[path.suffix]
 
 
-def _json_lines(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[list[str] | None, Iterator[_Row]]:
-    def rows() -> Iterator[_Row]:
+def _json_lines(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[list[str] | None, Iterator[Row]]:
+    def rows() -> Iterator[Row]:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -108,7 +179,7 @@ def _json_lines(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[
     return list(present) or None, rows()
 
 
-def _delimited(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[list[str] | None, Iterator[_Row]]:
+def _delimited(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[list[str] | None, Iterator[Row]]:
     # Tab-separated corpora (Common Voice, CoVoST) quote nothing: a quotation mark in them is text.
     style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
 
@@ -126,7 +197,7 @@ def _delimited(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[l
                 if row:
                     yield row
 
-    def named(lines: Iterator[list[str] | tuple[str, str]], header: list[str]) -> Iterator[_Row]:
+    def named(lines: Iterator[list[str] | tuple[str, str]], header: list[str]) -> Iterator[Row]:
         for row in lines:
             if isinstance(row, tuple):
                 yield row
@@ -144,17 +215,17 @@ def _delimited(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[l
     return header or None, named(lines, header)
 
 
-def _parquet(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[list[str] | None, Iterator[_Row]]:
+def _parquet(path: Path, mapping: dict[str, str], with_audio: bool) -> tuple[list[str] | None, Iterator[Row]]:
     schema = _parquet_schema(path)
 
-    def rows() -> Iterator[_Row]:
+    def rows() -> Iterator[Row]:
         wanted = [column for column in dict.fromkeys(mapping.values()) if column in schema.names]
         audio = mapping["audio"]
         leaves = wanted
         if not with_audio and _embeds(schema, audio):  # of a struct, the path alone; of bytes, nothing
             leaves = [f"{audio}.path" if column == audio else column for column in wanted]
         for batch in _batches(path, leaves):
-            named = {name: _values(batch.column(name)) for name in batch.schema.names}
+            named = {name: values(batch.column(name)) for name in batch.schema.names}
             yield from (dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True))
 
     return schema.names, rows()
@@ -170,7 +241,8 @@ def _parquet_schema(path: Path) -> Any:
 def _batches(path: Path, columns: list[str]) -> Iterator[Any]:
     try:
         with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=32, columns=columns)
+            for group in range(file.num_row_groups):  # all at once, the reader would keep each one's buffers
+                yield from file.iter_batches(batch_size=32, row_groups=[group], columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise CorpusError(f"the manifest {path} is damaged ({error}); write it again") from error
 
@@ -180,16 +252,17 @@ def _embeds(schema: Any, column: str) -> bool:
     return bool(pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _values(column: Any) -> list[Any]:
+def values(column: Any) -> list[Any]:
+    """An Arrow column as Python values; bytes that are not UTF-8 as lone surrogates."""
     # Arrow refuses a whole batch for one string that is not UTF-8; as bytes, only its row is bad.
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         raw = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()).to_pylist()
         return [value if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
-    values: list[Any] = column.to_pylist()
-    return values
+    plain: list[Any] = column.to_pylist()
+    return plain
 
 
-_READERS: dict[str, Callable[[Path, dict[str, str], bool], tuple[list[str] | None, Iterator[_Row]]]] = {
+_READERS: dict[str, _Reader] = {
     ".jsonl": _json_lines,
     ".csv": _delimited,
     ".tsv": _delimited,
@@ -197,14 +270,20 @@ _READERS: dict[str, Callable[[Path, dict[str, str], bool], tuple[list[str] | Non
 }
 
 
-def _candidates(path: Path, mapping: dict[str, str], rows: Iterator[_Row]) -> Iterator[Candidate]:
+def to_candidates(
+    rows: Iterable[Row],
+    mapping: Mapping[str, str],  # field -> column, for all FIELDS
+    root: Path,  # of the paths in the rows
+    name: str,  # of the table, in the rejects
+) -> Iterator[Candidate]:
+    """Rows as `write_split` takes them; see `candidates`."""
     owners: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
         if isinstance(row, tuple):
-            yield Candidate(f"row-{number}", None, None, None, _nothing, path.name, row)
+            yield Candidate(f"row-{number}", None, None, None, _nothing, name, row)
             continue
-        field = {name: row.get(column) for name, column in mapping.items()}
-        source, load = _audio(field["audio"], path.parent)
+        field = {key: row.get(column) for key, column in mapping.items()}
+        source, load = _audio(field["audio"], root)
         identity = _text(field["id"])
         if not identity:
             identity = Path(source).stem or f"row-{number}"

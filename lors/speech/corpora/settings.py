@@ -117,7 +117,7 @@ class ManifestCorpora(RecordedCorpora):
     path: str
     """With `{language}` and `{split}` (train, validation, test) in it, such as `data/{language}/{split}.jsonl`."""
     overrides: dict[Language, Override] = {}
-    """Other settings for single languages."""
+    """What single languages do otherwise: path, columns, limits, hours."""
 
     def of(self, language: str) -> ManifestCorpora:
         """These settings with the overrides of one language put in."""
@@ -140,10 +140,10 @@ class FolderCorpora(RecordedCorpora):
     path: str
     """With `{language}` in it, such as `data/{language}`."""
     shares: Shares = Shares()
-    """Where nothing names the splits: a speaker's utterances (where speakers are named, else a sentence's) all go to one
-    split, drawn by a hash."""
+    """Where nothing names the splits: a speaker's utterances (a sentence's where fewer than two speakers are named) all
+    go to one split, drawn by a hash."""
     overrides: dict[Language, Override] = {}
-    """Other settings for single languages."""
+    """What single languages do otherwise: path, columns, limits, hours."""
 
     def of(self, language: str) -> FolderCorpora:
         """These settings with the overrides of one language put in."""
@@ -170,7 +170,7 @@ class CommonVoiceCorpora(RecordedCorpora):
     """CoVoST 2's table, such as `covost/covost_v2.{language}_en.tsv`, which then gives the splits too (its columns
     path, translation, split; the clips are Common Voice 4's)."""
     overrides: dict[Language, CommonVoiceOverride] = {}
-    """Other settings for single languages."""
+    """What single languages do otherwise: path, columns, limits, hours, locale, translations."""
 
     def of(self, language: str) -> CommonVoiceCorpora:
         """These settings with the overrides of one language put in."""
@@ -196,8 +196,7 @@ class DatasetsOverride(Override):
 
 
 class DatasetsCorpora(RecordedCorpora):
-    """A data set of the Hugging Face hub, or a local copy of one: Parquet files with the audio in them (the `hub`
-    extra)."""
+    """A data set of the Hugging Face hub, or a local copy of one: Parquet files with the audio in them."""
 
     source: Literal["datasets"]
     """Says that this is read by the `datasets` library."""
@@ -215,7 +214,7 @@ class DatasetsCorpora(RecordedCorpora):
     """Read from the hub only what the limits need, and keep no second copy; false downloads the whole data set into
     the hub's cache."""
     overrides: dict[Language, DatasetsOverride] = {}
-    """Other settings for single languages."""
+    """What single languages do otherwise: path, columns, limits, hours, name, revision, splits."""
 
     @field_validator("preset", mode="before")
     @classmethod
@@ -257,7 +256,7 @@ class SyntheticCorpora(_Corpora):
     seed: NonNegativeInt = 1
     """The starter base was trained on seed 0."""
     overrides: dict[Language, Limits] = {}
-    """Other numbers of utterances for some languages."""
+    """Other numbers of utterances for single languages: train, validation, test."""
 
     def of(self, language: str) -> SyntheticCorpora:
         """These settings with the overrides of one language put in."""

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import itertools
 import json
+import pickle
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +248,39 @@ def test_the_limit_takes_the_first_valid_rows_and_reads_no_more(
     assert read == list(range(good[-1] + 1))
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([0.2, 0.5, 1.0, 0.0]), min_size=1, max_size=12),
+    seconds=st.floats(0.1, 6),
+    limit=st.none() | st.integers(1, 6),
+)
+def test_the_hours_take_the_first_valid_rows_that_last_so_long(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[float], seconds: float, limit: int | None
+) -> None:
+    folder = tmp_path_factory.mktemp("hours")
+    lengths = [*lengths, *[1.0] * 8]
+    expected, total = [], 0.0
+    for number, length in enumerate(lengths):
+        if length:
+            expected.append(str(number))
+            total += length
+        if total >= seconds or len(expected) == limit:
+            break
+    for workers in (1, 3):
+        read: list[str] = []
+        rows = (
+            read.append(str(number)) or row(str(number), load=gives(sound(length)))  # type: ignore[func-returns-value]
+            for number, length in enumerate(lengths)
+        )
+        report = write_split(
+            rows, folder / "t.parquet", language="es", limit=limit, hours=seconds / 3600, max_rejected=1,
+            max_seconds=1.0, workers=workers,
+        )  # fmt: skip
+        assert [u.id for u in read_split(folder / "t.parquet")] == expected
+        assert report.seconds == pytest.approx(total)
+        assert read == [str(number) for number in range(int(expected[-1]) + 1)]
+
+
 def test_bytes_do_not_depend_on_threads_or_time(tmp_path: Path) -> None:
     threads: set[int] = set()
 
@@ -278,6 +317,56 @@ def test_a_long_recording_is_not_decoded_to_its_end(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "long.wav", np.zeros(8000 * 60, dtype=np.int16), 8000)
     samples, rate = read_audio(tmp_path / "long.wav")
     assert (samples.shape, rate) == ((31 * 8000, 1), 8000)
+
+
+def test_utterances_are_views_that_can_be_compared_replaced_and_sent(tmp_path: Path) -> None:
+    write_split([row("a"), row("b", load=gives(sound(0.5, seed=1)))], tmp_path / "t.parquet", language="es")
+    first, second = read_split(tmp_path / "t.parquet")
+    assert [file.name for file in tmp_path.iterdir() if file.suffix != ".jsonl"] == ["t.parquet"]
+    (tmp_path / "t.parquet").unlink()
+    assert first.flac == encode_flac(SPOKEN) != second.flac
+    assert first != second
+    assert len({first, replace(first), second}) == 2
+    sent = pickle.loads(pickle.dumps(first))
+    assert (sent, type(sent.flac)) == (first, bytes)
+    assert copy.deepcopy(second) == second
+    np.testing.assert_array_equal(sent.audio(), first.audio())
+    with pytest.raises(TypeError):
+        first.flac[0] = 0  # type: ignore[index]
+
+
+def test_audio_is_not_held_in_memory(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 30 * SAMPLE_RATE).astype(np.float32)
+    rows = (row(str(number), load=gives(np.roll(noise, number))) for number in range(160))
+    write_split(rows, tmp_path / "t.parquet", language="es")
+    assert (tmp_path / "t.parquet").stat().st_size > 120 << 20
+    code = """
+import re, sys
+from pathlib import Path
+from lors.speech.corpus import read_split
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+
+before = anonymous()
+utterances = read_split(Path(sys.argv[1]))
+assert sum(len(utterance.flac) for utterance in utterances) > 120 << 20
+assert anonymous() - before < 90, anonymous() - before  # MiB; a row group is read at once
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "t.parquet")], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_split([row("a")], tmp_path / "t.parquet", language="es")
+    original = tempfile.TemporaryFile
+
+    def refuse(dir: Path | None = None) -> Any:
+        if dir is not None:
+            raise PermissionError(dir)
+        return original()
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert [u.id for u in read_split(tmp_path / "t.parquet")] == ["a"]
 
 
 def test_read_split_refuses_what_is_no_split(tmp_path: Path) -> None:
