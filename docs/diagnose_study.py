@@ -37,11 +37,12 @@ from lors.config import Experiment, Expert, load_experiment
 from lors.diagnostics import Diagnosis, diagnose
 from lors.errors import InputError
 from lors.pipeline import build_steps, resolve_base
+from lors.speech.architecture import architecture_of
 from lors.speech.corpus import read_split
-from lors.speech.finetune import examples_for, validation_loss
 from lors.speech.load import load_model
 from lors.store import Store, step_key, write_json
 from lors.task_vector import TaskVector, apply
+from lors.training.finetune import examples_for, validation_loss
 
 Figures = Mapping[str, np.ndarray]  # name -> (pairs,)
 EXACT, RELABELLINGS = 7, 10_000
@@ -92,7 +93,7 @@ def damages(
     examples = {
         e.id: examples_for(
             read_split(found[f"prepare {e.language} test"][0] / "test.parquet")[:limit],
-            processor.tokenizer, e.language, e.task, model.config.max_target_positions,
+            processor.tokenizer, e.language, e.task, model.config.max_target_positions, architecture_of(model),
         )
         for e in experiment.experts
     }  # fmt: skip

@@ -24,6 +24,7 @@ import numpy as np
 
 from lors.speech.corpora import synthetic
 from lors.speech.corpus import Candidate, read_split, write_split
+from lors.training.settings import Finetune
 
 __all__ = ["TRAINING", "build_config", "build_tokenizer", "main", "prepare", "weights_digest"]
 
@@ -35,23 +36,9 @@ SEED = 0
 PADDED_SHARE = 0.2
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Training:
-    """The recipe's settings for `lors.speech.finetune.fine_tune`."""
-
-    steps: int = 3600
-    learning_rate: float | None = 1.5e-3
-    batch_seconds: float = 80.0
-    window: float | str = "auto"
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    freeze: tuple[str, ...] = ()
-    precision: str = "fp32"
-    seed: int = SEED
-
-
-TRAINING = Training()
+TRAINING = Finetune(
+    steps=3600, learning_rate=1.5e-3, batch_seconds=80.0, weight_decay=0.01, precision="fp32", seed=SEED
+)
 
 
 def build_tokenizer() -> Any:
@@ -179,8 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
     import transformers
 
     from lors.scoring.metrics import score
-    from lors.speech.finetune import examples_for, fine_tune
+    from lors.speech.architecture import architecture_of
     from lors.speech.transcribe import transcribe
+    from lors.training.finetune import examples_for, fine_tune
 
     torch.set_num_threads(options.threads)
     started = time.time()
@@ -195,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     extractor = transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=WINDOW_SECONDS)
     processor = transformers.WhisperProcessor(extractor, tokenizer)
 
+    architecture = architecture_of(model)
     examples: dict[str, list[Any]] = {"train": [], "validation": []}
     for split, found in examples.items():
         for language in synthetic.LANGUAGES:
@@ -202,10 +191,10 @@ def main(arguments: list[str] | None = None) -> None:
             for task in ("transcribe",) if language == "en" else ("transcribe", "translate"):
                 # The same recording serves both tasks under one id; other languages need another.
                 named = [dataclasses.replace(u, id=f"{language}-{u.id}") for u in utterances]
-                found += examples_for(named, tokenizer, language, task, config.max_target_positions)
+                found += examples_for(named, tokenizer, language, task, config.max_target_positions, architecture)
 
     def report(event: Any) -> None:
-        if event["done"] % 50 == 0:
+        if event.get("done", 1) % 50 == 0:
             print({k: event[k] for k in ("done", "total", "loss", "learning_rate", "samples_per_second")}, flush=True)
 
     trained = time.time()
@@ -232,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "languages": list(synthetic.LANGUAGES),
         "utterances_a_language": UTTERANCES,
-        "training": dataclasses.asdict(TRAINING),
+        "training": TRAINING.model_dump(mode="json"),
         "result": result,
         "seconds": round(seconds),
         "cpu_seconds": round(cpu_seconds),

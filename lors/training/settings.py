@@ -8,7 +8,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from lors.settings import Section
 
-__all__ = ["Augment", "Finetune", "Lora", "SpecAugment", "Validation"]
+__all__ = ["LOG", "Augment", "Finetune", "Lora", "SpecAugment", "Validation"]
+
+LOG = "train.jsonl"
+"""A line a step, beside the expert."""
 
 
 class SpecAugment(Section):
