@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -142,34 +142,38 @@ def summarise(
     results: pd.DataFrame,
     tables: Mapping[str, pd.DataFrame],
     *,
+    guard: Collection[str] = (),  # languages that no expert was trained for
     normaliser: str = "lors",
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The means of every system over languages, on the test split (validation where there is no test), from the results
     of `score_tables` on the same tables: `{"systems": {NAME: {"recovery", "ratio_to_expert", "wer", "cer", "bleu",
-    "chrf"}}, "recovery_left_out": ["de transcribe"]}`.
+    "chrf"}}, "recovery_left_out": ["de transcribe"]}`; with guard languages, which have no part in these, also
+    `{"guard": {"languages": [..], "systems": {NAME: {"wer", .., "forgotten": ["it transcribe"]}}}}`, where forgotten is
+    what a system does worse than the base beyond the interval.
 
     recovery and ratio_to_expert average the languages and tasks by their `main_metric`; recovery leaves out, for every
     system, those where the expert is not better than the base beyond the interval. "wer" leaves out UNSPACED languages.
     A system that lacks a part of a mean has None there, as all have without the system "base" or "experts".
     """
     split, values = _headline(results)
-    pairs = _pairs(values)
-    parts = {name: _parts(name, tables[name]) for name in (BASE, EXPERTS) if name in tables}
+    watched = [pair for pair in _pairs(values) if pair[0] in guard]
+    pairs = [pair for pair in _pairs(values) if pair not in watched]
+    parts = {name: _parts(name, table) for name, table in tables.items()}
 
-    def improved(language: str, task: str) -> bool:
-        """Whether the expert is better than the base beyond the interval: else there is nothing to recover."""
+    def changed(system: str, language: str, task: str, *, better: bool) -> bool:
+        """Whether a system is better, or worse, than the base beyond the interval."""
         metric = main_metric(task, language)
-        before, after = (values[name, language, task, metric] for name in (BASE, EXPERTS))
-        if (after < before) != (metric in LOWER_IS_BETTER):
+        before, after = (values[name, language, task, metric] for name in (BASE, system))
+        if ((after < before) == (metric in LOWER_IS_BETTER)) != better or after == before:
             return False
-        base, experts = (parts[name][language, task, split] for name in (BASE, EXPERTS))
+        base, own = (parts[name][language, task, split] for name in (BASE, system))
         return differs(
             metric,
             _texts(base, "reference"),
             _texts(base, "hypothesis"),
-            _texts(experts, "hypothesis"),
+            _texts(own, "hypothesis"),
             language=language,
             normaliser=normaliser,
             speakers=_texts(base, "speaker"),
@@ -181,7 +185,7 @@ def summarise(
         return values.get((system, language, task, metric or main_metric(task, language)))
 
     comparable = [pair for pair in pairs if all((*pair, split) in parts.get(name, {}) for name in (BASE, EXPERTS))]
-    defined = [pair for pair in comparable if improved(*pair)]
+    defined = [pair for pair in comparable if changed(EXPERTS, *pair, better=True)]
 
     def relative(system: str) -> dict[str, float | None]:
         recoveries: list[float | None] = []
@@ -195,19 +199,28 @@ def summarise(
                 ratios.append(None if own is None else ratio_to_expert(main_metric(pair[1], pair[0]), own, expert))
         return {"recovery": complete_mean(recoveries), "ratio_to_expert": complete_mean(ratios)}
 
-    def mean(system: str, metric: str) -> float | None:
-        return complete_mean(
-            value(system, language, task, metric)
-            for language, task in pairs
-            if metric in METRICS_OF_TASK[task] and not (metric == "wer" and is_unspaced(language))
-        )
+    def means(system: str, over: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        return {
+            metric: complete_mean(
+                value(system, language, task, metric)
+                for language, task in over
+                if metric in METRICS_OF_TASK[task] and not (metric == "wer" and is_unspaced(language))
+            )
+            for metric in METRICS
+        }
 
-    systems = {
-        name: relative(name) | {metric: mean(name, metric) for metric in METRICS}
-        for name in dict.fromkeys(results["system"])
-    }
-    left_out = [f"{language} {task}" for language, task in comparable if (language, task) not in defined]
-    return {"systems": systems, "recovery_left_out": left_out}
+    names = list(dict.fromkeys(results["system"]))
+    left_out = [" ".join(pair) for pair in comparable if pair not in defined]
+    summary = {"systems": {name: relative(name) | means(name, pairs) for name in names}, "recovery_left_out": left_out}
+    if watched:
+        seen = [name for name in names if all((*pair, split) in parts[name] for pair in watched)]
+        forgotten = {
+            name: [" ".join(pair) for pair in watched if BASE in seen and changed(name, *pair, better=False)]
+            for name in seen
+        }
+        guarded = {name: means(name, watched) | {"forgotten": forgotten[name]} for name in seen}
+        summary["guard"] = {"languages": list(dict.fromkeys(language for language, _ in watched)), "systems": guarded}
+    return summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,23 +239,35 @@ class _Column:
 
 
 def _columns(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[_Column]:
-    """The main metric of each language and its mean, task by task, then recovery."""
+    """The main metric of each language and its mean, task by task, then recovery, then the guard languages."""
     _, values = _headline(results)
     names: list[str] = list(summary["systems"])
+    guard = summary.get("guard", {"languages": [], "systems": {}})
+
+    def metrics_of(task: str, *, guarded: bool) -> dict[str, str]:
+        spoken = [language for language, other in _pairs(values) if other == task]
+        return {
+            language: main_metric(task, language) for language in spoken if (language in guard["languages"]) == guarded
+        }
 
     def mean(key: str, header: str, digits: int = 1) -> _Column:
         means = {name: summary["systems"][name][key] for name in names}
         return _Column(header, means, key in LOWER_IS_BETTER, digits)
 
+    def single(language: str, task: str, metric: str, header: str) -> _Column:
+        own = {name: values.get((name, language, task, metric)) for name in names}
+        return _Column(header, own, metric in LOWER_IS_BETTER)
+
     columns: list[_Column] = []
     for task in METRICS_OF_TASK:
-        languages = [language for language, other in _pairs(values) if other == task]
-        metrics = {language: main_metric(task, language) for language in languages}
-        for language, metric in metrics.items():
-            own = {name: values.get((name, language, task, metric)) for name in names}
-            columns.append(_Column(f"{language} {_LABELS[metric]}", own, metric in LOWER_IS_BETTER))
+        metrics = metrics_of(task, guarded=False)
+        columns += [single(code, task, metric, f"{code} {_LABELS[metric]}") for code, metric in metrics.items()]
         columns += [mean(metric, f"mean {_LABELS[metric]}") for metric in METRICS if metric in metrics.values()]
-    return [*columns, mean("recovery", "recovery", 2)]
+    columns.append(mean("recovery", "recovery", 2))
+    for task in METRICS_OF_TASK:
+        for code, metric in metrics_of(task, guarded=True).items():
+            columns.append(single(code, task, metric, f"guard {code} {_LABELS[metric]}"))
+    return columns
 
 
 def _notes(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
@@ -257,6 +282,14 @@ def _notes(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
         notes.append(
             "Recovery leaves out where the expert is not better than the base beyond the 95 % interval: "
             f"{', '.join(summary['recovery_left_out'])}."
+        )
+    if guard := summary.get("guard"):
+        worse = [
+            f"{name} ({', '.join(own['forgotten'])})" for name, own in guard["systems"].items() if own["forgotten"]
+        ]
+        notes.append(
+            f"No expert was trained for the guard languages {', '.join(guard['languages'])}; worse there than the base "
+            f"beyond the 95 % interval: {', '.join(worse) or 'no system'}."
         )
     shown = {main_metric(task, language) for language, task in _pairs(values)}
     for metric in METRICS:

@@ -198,3 +198,33 @@ def test_tables_that_do_not_compare_are_refused(tables: dict[str, pd.DataFrame])
         score_tables({"base": base.assign(reference=None)})
     with pytest.raises(InputError, match=r"no hypotheses to score"):
         score_tables({"base": base.iloc[:0]})
+
+
+IT, DE_EN = ("it", "transcribe"), ("de", "translate")
+
+
+def test_guard_languages_show_forgetting_and_have_no_part_in_the_means(tables: dict[str, pd.DataFrame]) -> None:
+    guards = {
+        "base": table({IT: 0.2, DE_EN: 0.2}),
+        "lors": table({IT: 0.6, DE_EN: 0.2}),  # forgets one, and keeps the other word for word
+        "average": table({IT: 0.0, DE_EN: 0.05}),
+    }
+    watched = {name: pd.concat([own, guards[name]]) if name in guards else own for name, own in tables.items()}
+    results = score_tables(watched)
+    summary = summarise(results, watched, guard=["it", "de"])
+    plain = summarise(score_tables(tables), tables)
+    assert summary["systems"] == plain["systems"]
+    assert summary["recovery_left_out"] == plain["recovery_left_out"]
+    assert summary["guard"]["languages"] == ["it", "de"]
+    assert {name: own["forgotten"] for name, own in summary["guard"]["systems"].items()} == {
+        "base": [],
+        "lors": ["it transcribe"],
+        "average": [],
+    }
+    expected = results[(results.system == "lors") & (results.language == "it") & (results.metric == "wer")].value.item()
+    assert summary["guard"]["systems"]["lors"]["wer"] == pytest.approx(expected)
+    shown = markdown_table(results, summary)
+    assert shown.splitlines()[0].endswith("| recovery | guard it WER | guard de BLEU |")
+    assert "worse there than the base beyond the 95 % interval: lors (it transcribe)." in shown
+    assert "guard" not in plain
+    assert "guard" not in markdown_table(score_tables(tables), plain)
