@@ -19,11 +19,16 @@ relative to the folder that the command runs in. `--set key=value` changes a set
 This page is printed by `python docs/experiment.py` from the models in `lors/config.py`.
 """
 
+ALIKE = ("overrides", "corpora_of")
+"""Sections whose keys are those of others."""
+
 
 def sections(model: type[BaseModel], prefix: str = "") -> list[tuple[str, type[BaseModel]]]:
     """(dotted key, model) of every section under `model`, itself first, in the order of the fields."""
     found = [(prefix, model)]
     for name, field in model.model_fields.items():
+        if name in ALIKE:
+            continue
         for inner in models_in(field.annotation):
             found += sections(inner, f"{prefix}.{name}".lstrip("."))
     return found

@@ -1,4 +1,5 @@
-"""The command line: `lors run | plan | doctor`, and those of `flows.checkpoints`. Only `run` imports Prefect."""
+"""The command line: `lors run | plan | doctor`, and those of `flows.data` and `flows.checkpoints`. Only `run` imports
+Prefect."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ import argparse
 import gc
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flows.checkpoints import add_commands
+from flows import checkpoints, data
 from lors.errors import InputError, LorsError
 
 __all__ = ["main"]
@@ -23,8 +26,10 @@ vectors to a low-rank plus a sparse part (LoRS), merge them into the base, evalu
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 1 (failed) or 2 (the input is wrong)."""
+    """Run one command; returns 0, 1 (failed), 2 (the input is wrong), 130 (Ctrl-C) or 143 (SIGTERM)."""
     options = _parser().parse_args(arguments)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
     try:
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
@@ -32,12 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except LorsError as error:
         return _fail(error, 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("lors: stopped; finished steps are kept, the same command goes on from here", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stopped, _TerminatedError) else 130
     except BrokenPipeError:  # such as `lors plan FILE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise _TerminatedError
 
 
 def _fail(error: LorsError, code: int) -> int:
@@ -97,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         "lors doctor deployments/demo.yaml",
     )
     doctor.add_argument("file", type=Path, metavar="FILE", nargs="?", help="check what this experiment needs, too")
-    add_commands(add)
+    data.add_commands(add)
+    checkpoints.add_commands(add)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The flows: one expert, merging and evaluation, and the whole pipeline. Importing this imports Prefect."""
+"""The flows: one expert, the baselines, merging and evaluation, the whole pipeline. Importing this imports Prefect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lors.store import Artifact, Store
 from tasks.runtime import Runtime, use
 from tasks.steps import task_for
 
-__all__ = ["full_pipeline", "merge_and_evaluate", "train_expert"]
+__all__ = ["full_pipeline", "merge_and_evaluate", "train_baselines", "train_expert"]
 
 # A submitted step holds a thread while it waits for its inputs; the child processes, far fewer, do the work.
 _RUNNER: Any = ThreadPoolTaskRunner(max_workers=1024)
@@ -63,6 +63,23 @@ def train_expert(experiment: Experiment, language: str, task: str) -> dict[str, 
 
 
 @flow(
+    name="train-baselines",
+    flow_run_name="train-baselines {experiment.output}",
+    task_runner=_RUNNER,
+)
+def train_baselines(experiment: Experiment) -> dict[str, Any]:
+    """The models of `baselines` that are trained on all languages. Returns the artifact of each."""
+    with _runtime(experiment) as runtime:
+        steps = build_steps(experiment, runtime.workspace.store)
+        names = {"multitask": "fine-tune multitask", "sequential": f"fine-tune sequential {experiment.order[-1]}"}
+        wanted = {baseline: name for baseline, name in names.items() if baseline in experiment.baselines}
+        if not wanted:
+            raise InputError("the experiment's `baselines` names none that is trained: add multitask or sequential")
+        artifacts = _run(wanted.values(), steps, runtime)
+        return {baseline: artifacts[name].to_json() for baseline, name in wanted.items()}
+
+
+@flow(
     name="merge-and-evaluate",
     flow_run_name="merge-and-evaluate {experiment.output}",
     task_runner=_RUNNER,
@@ -75,8 +92,8 @@ def merge_and_evaluate(experiment: Experiment) -> dict[str, Any]:
         for planned in plan(steps, store):
             if planned.step.stage == "fine_tune" and not planned.cached:
                 raise InputError(
-                    f"the expert of `{planned.step.name}` is not in the store {store.root}: run train-expert for it "
-                    "first, or the full pipeline"
+                    f"the model of `{planned.step.name}` is not in the store {store.root}: run train-expert (or "
+                    "train-baselines) first, or the full pipeline"
                 )
         return _run_and_publish(experiment, steps, runtime)
 
@@ -91,7 +108,8 @@ def _runtime(experiment: Experiment) -> Iterator[Runtime]:
     assert context.flow_run is not None
     flow_run, store = context.flow_run.id, Store(experiment.store)
     slots = Slots(count, threads, devices)
-    runtime = Runtime(Workspace(store, slots, threads), Path(PREFECT_RESULTS_LOCAL_STORAGE_PATH.value()))
+    workspace = Workspace(store, slots, threads, experiment.resources.processes)
+    runtime = Runtime(workspace, Path(PREFECT_RESULTS_LOCAL_STORAGE_PATH.value()))
     try:
         with slots, use(flow_run, runtime):  # `use` ends first, so that no task is tried again when its child is ended
             yield runtime

@@ -142,7 +142,7 @@ class Experiment(Section):
     corpora: Corpora
     """Where the speech comes from."""
     corpora_of: dict[Language, Corpora] = {}
-    """Languages whose speech comes from another source altogether."""
+    """Languages whose speech comes from another source altogether; each like `corpora`, without overrides."""
     finetune: Finetune = Finetune()
     """How experts are trained."""
     prune: PruneSettings = PruneSettings()
@@ -242,6 +242,11 @@ class Experiment(Section):
     def experts(self) -> tuple[Expert, ...]:
         """One a (language, task), languages first."""
         return tuple(Expert(language=language, task=task) for language in self.languages for task in self.tasks)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The languages as the sequential baseline takes them."""
+        return self.sequence or self.languages
 
     @property
     def systems(self) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ from lors.errors import LorsError, StepFailedError
 
 __all__ = ["Slots"]
 
+# Schedulers that send SIGTERM wait 30 s before they kill.
+_GRACE_SECONDS = 20.0
 _CALL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -69,12 +71,21 @@ class Slots:
         self.close()
 
     def close(self) -> None:
-        """End every child at once, busy ones too: their jobs raise StepFailedError, and resume when run again."""
+        """End every child: their jobs raise StepFailedError, and resume when run again.
+
+        Busy ones get SIGTERM first and some seconds, in which a training writes its checkpoint; most die of it at once.
+        """
         with self._turn:
             self._closed = True
             self._turn.notify_all()
-            for slot in self._slots:
-                slot.end(idle=slot in self._free)
+            try:
+                for slot in self._slots:
+                    if slot not in self._free:
+                        slot.stop()
+                self._turn.wait_for(lambda: len(self._free) == len(self._slots), _GRACE_SECONDS)
+            finally:
+                for slot in self._slots:
+                    slot.end(idle=slot in self._free)
 
     def run(
         self,
@@ -164,6 +175,10 @@ class _Slot:
             self._current = self._warm = self._warm or _Child(self._environment, log)
         return self._current
 
+    def stop(self) -> None:
+        if self._current is not None:
+            self._current.send(signal.SIGTERM)
+
     def end(self, idle: bool) -> None:
         for child in (self._current, self._warm):
             if child is not None:
@@ -193,13 +208,19 @@ class _Child:
                 return False
             return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
-    def end(self) -> None:
-        """Kill the child and every process that it started; safe at any moment, from any thread, twice."""
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the child and every process that it started."""
         with self._lock:
             if self._process.returncode is None:
                 # Even where the child is dead already: until it is waited for, its process group's number is its own.
                 with _gone():
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                    os.killpg(self._process.pid, number)
+
+    def end(self) -> None:
+        """Kill the child and every process that it started; safe at any moment, from any thread, twice."""
+        self.send(signal.SIGKILL)
+        with self._lock:
+            if self._process.returncode is None:
                 self._process.wait()
 
     def discard(self) -> None:

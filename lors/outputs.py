@@ -20,7 +20,7 @@ from lors.store import Artifact, Store, file_digest, storage_errors, write_json
 
 __all__ = ["publish", "require_writable"]
 
-_PACKAGES = ("lors", "torch", "transformers", "prefect", "safetensors", "jiwer", "sacrebleu", "numpy", "scipy")
+_PACKAGES = tuple("lors torch transformers prefect datasets safetensors jiwer sacrebleu numpy scipy".split())
 
 
 def require_writable(folder: Path) -> None:
@@ -56,7 +56,7 @@ def publish(
                 _copy(scores / name, output / "hypotheses" / name.removeprefix("hypotheses-"), store)
             elif name != "summary.json":
                 _copy(scores / name, output / name, store)
-        _prune_folder(output / "hypotheses", {f"{s}.parquet" for s in ("base", "experts", *experiment.systems)})
+        _prune_folder(output / "hypotheses", {f"{s}.parquet" for s in read_json(scores / "summary.json")["systems"]})
         experts = {
             f"{expert.id}.safetensors": f"prune {expert.id}"
             for expert in experiment.experts
@@ -75,8 +75,12 @@ def publish(
                 for system in experiment.systems
             },
             "corpora": {
-                language: {split: artifacts[f"prepare {language} {split}"].summary for split in SPLITS}
-                for language in experiment.languages
+                language: {
+                    split: artifacts[step].summary
+                    for split in SPLITS
+                    if (step := f"prepare {language} {split}") in artifacts
+                }
+                for language in experiment.spoken
             },
             "steps": [
                 {

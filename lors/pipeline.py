@@ -1,9 +1,11 @@
 """The pipeline as data: every step of an experiment, its key, and what is cached. No torch and no Prefect here.
 
     prepare (language, split) ──► fine-tune (expert) ──► extract (expert) ──► prune (expert)
-                                                                                 │
-    combine (system) ◄───────────────────────────────────────────────────────────┘
-        └──► score scaling (system, coefficient) ──► select ──► write model ──► evaluate (system, language) ──► score
+                         │                                                       │
+                         │    combine (system) ◄─────────────────────────────────┘
+                         │        └──► score scaling (system, coefficient) ──► select ──► write model
+                         └──► fine-tune (multitask, sequential)                               │
+                                  └──► evaluate (system, language) ◄──────────────────────────┘ ──► score
 
 A step's key is the hash of its own settings, the digests of its inputs and the version of its algorithm (`VERSIONS`).
 Files that a step does not read are no part of its key, so a new test split, say, trains nothing again.
@@ -13,28 +15,39 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lors.config import Experiment, Expert, ScalingSearch
-from lors.errors import CheckpointError, ConfigError
 from lors.isolate import Slots
 from lors.merging.recipe import Recipe
 from lors.merging.registry import METHODS
-from lors.model_folder import folder_digest, read_json, resolve_folder
+from lors.model_folder import folder_digest, resolve_folder
 from lors.prune_settings import PruneSettings
-from lors.speech.corpora.settings import ManifestCorpora, SyntheticCorpora
+from lors.speech.base_model import check_base
+from lors.speech.corpora.sources import describe
 from lors.speech.corpus import SPLITS
 from lors.starter import MODEL_FOLDER
 from lors.store import Artifact, Memo, Store, file_digest, step_key
 
-__all__ = ["VERSIONS", "PlannedStep", "Source", "Step", "Workspace", "build_steps", "plan", "resolve_base", "run_step"]
+__all__ = [
+    "VERSIONS",
+    "PlannedStep",
+    "Source",
+    "Step",
+    "Workspace",
+    "build_steps",
+    "plan",
+    "prepare_step",
+    "resolve_base",
+    "run_step",
+]
 
 VERSIONS = {
     "prepare_split": 1,
-    "fine_tune": 1,
+    "fine_tune": 2,
     "extract_task_vector": 2,
     "prune_task_vector": 2,
     "combine_task_vectors": 2,
@@ -42,7 +55,7 @@ VERSIONS = {
     "select_scaling": 1,
     "write_model": 2,
     "evaluate_model": 1,
-    "score_systems": 1,
+    "score_systems": 2,
 }
 """Raised when the same settings and inputs would give another result."""
 
@@ -99,6 +112,8 @@ class Workspace:
     store: Store
     slots: Slots
     threads: int
+    processes: int = 1
+    """That train one expert together."""
 
 
 def resolve_base(name: str) -> Path:
@@ -109,35 +124,17 @@ def resolve_base(name: str) -> Path:
 def build_steps(experiment: Experiment, store: Store) -> dict[str, Step]:
     """Every step by name, each after those it reads; reads the base's config and the sources' contents, no more.
 
-    Raises InputError: the base is missing or no multilingual Whisper, it lacks a language, a corpus is missing.
+    Raises InputError: the base is missing or not supported, it lacks a language, a corpus is missing.
     """
     base = resolve_base(experiment.base)
-    native = _check_base(base, experiment)
+    native = check_base(base, experiment.base, experiment.spoken, experiment.tasks)
     builder = _Builder(experiment, str(base), _base_digest(base, store.memo), native, store)
     builder.build()
     store.memo.save()
     return builder.steps
 
 
-def _check_base(base: Path, experiment: Experiment) -> float:
-    """The base's native window in seconds."""
-    config = read_json(base / "config.json")
-    if config.get("model_type") != "whisper":
-        raise CheckpointError(f"the base {base} is of type {config.get('model_type')!r}: LoRS works on Whisper models")
-    known = read_json(base / "generation_config.json").get("lang_to_id")
-    if not known:
-        raise CheckpointError(f"the base {base} is not multilingual: its generation_config.json has no lang_to_id")
-    for language in experiment.languages:
-        if f"<|{language}|>" not in known:
-            codes = ", ".join(sorted(token.strip("<|>") for token in known))
-            raise ConfigError(
-                f"languages: the base {experiment.base} has no token for {language!r}, choose another language or "
-                f"base (it has {codes})"
-            )
-    return float(config.get("max_source_positions", 1500)) / 50
-
-
-# What `from_pretrained` reads of a Whisper beside the weights and config.json.
+# What `from_pretrained` reads beside the weights and config.json.
 _TEXT_SIDE = (
     "added_tokens.json",
     "generation_config.json",
@@ -157,6 +154,29 @@ def _base_digest(base: Path, memo: Memo) -> str:
     digests = [folder_digest(base, memo)]
     digests += [f"{name} {file_digest(base / name, memo)}" for name in _TEXT_SIDE if (base / name).is_file()]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def prepare_step(experiment: Experiment, language: str, split: str, native: float, store: Store) -> Step:
+    """The step that makes one split, for a base with a `native` window in seconds; raises InputError as the source."""
+    corpora = experiment.speech_of(language)
+    source = describe(corpora, language, split, store.memo)
+    settings: dict[str, Any] = {
+        "language": language,
+        "split": split,
+        "source": corpora.source,
+        "min_seconds": corpora.min_seconds,
+        "max_seconds": min(corpora.max_seconds, native),
+        "max_rejected": corpora.max_rejected,
+        **source.settings,
+    }
+    return Step(
+        f"prepare {language} {split}",
+        "prepare_split",
+        settings,
+        outside=source.outside,
+        places=source.places,
+        language=language,
+    )
 
 
 Corpus = Mapping[str, str]
@@ -187,23 +207,34 @@ class _Builder:
     def build(self) -> None:
         experiment = self.experiment
         corpora = {language: self.prepare(language) for language in experiment.languages}
-        vectors = {expert: self.expert(expert, corpora[expert.language]) for expert in experiment.experts}
-        evaluations = {f"base-{language}": self.evaluate("base", language, corpora) for language in corpora}
+        guards = {language: {"test": self.prepare_split(language, "test")} for language in experiment.evaluate.guard}
+        vectors = {expert: self.expert(expert, corpora) for expert in experiment.experts}
+        evaluations: dict[str, str] = {}
+
+        def evaluate(system: str, model: str | None) -> None:
+            for language, corpus in {**corpora, **guards}.items():
+                evaluations[f"{system}-{language}"] = self.evaluate(system, model, language, corpus)
+
+        evaluate("base", None)
         for expert in experiment.experts:
             evaluations[f"experts-{expert.id}"] = self.evaluate_expert(expert, corpora)
+        for baseline, model in self.baselines(corpora).items():
+            evaluate(baseline, model)
         for method in experiment.systems:
             recipe = experiment.recipe(method)
             if settings := recipe.pruning:
                 pruned = {expert: self.prune(expert, vector, method, settings) for expert, vector in vectors.items()}
-                self.merge(recipe, pruned, corpora)
+                evaluate(method, self.merge(recipe, pruned, corpora))
             else:
-                self.merge(recipe, vectors, corpora)
-            for language in corpora:
-                evaluations[f"{method}-{language}"] = self.evaluate(method, language, corpora)
+                evaluate(method, self.merge(recipe, vectors, corpora))
         self.add(
             "score systems",
             "score_systems",
-            {"normaliser": experiment.evaluate.normaliser, "order": list(evaluations)},
+            {
+                "normaliser": experiment.evaluate.normaliser,
+                "guard": experiment.evaluate.guard,
+                "order": list(evaluations),
+            },
             inputs={role: Source(step, ("hypotheses.parquet",)) for role, step in evaluations.items()},
         )
 
@@ -212,46 +243,45 @@ class _Builder:
         return {split: self.prepare_split(language, split) for split in SPLITS}
 
     def prepare_split(self, language: str, split: str) -> str:
-        corpora = self.experiment.speech_of(language)
+        step = prepare_step(self.experiment, language, split, self.native, self.store)
+        self.steps[step.name] = step
+        return step.name
+
+    def train(
+        self,
+        name: str,
+        parts: Sequence[Expert],
+        corpora: Mapping[str, Corpus],
+        updates: int = 1,  # as many as so many experts take together
+        start: str | None = None,  # the training whose result this one starts from; None is the base
+        **about: Any,
+    ) -> str:
+        """One training on the speech of one or more (language, task)s."""
+        finetune = self.experiment.finetune
+        longer: dict[str, Any] = {"steps": updates * finetune.steps}
+        if finetune.max_hours is not None:
+            longer["max_hours"] = updates * finetune.max_hours
         settings: dict[str, Any] = {
-            "language": language,
-            "split": split,
-            "source": corpora.source,
-            "min_seconds": corpora.min_seconds,
-            "max_seconds": min(corpora.max_seconds, self.native),
-            "max_rejected": corpora.max_rejected,
+            "parts": [[part.language, part.task] for part in parts],
+            "finetune": finetune.model_copy(update=longer).model_dump(mode="json"),
         }
-        rest: dict[str, Any] = {"language": language}
-        if isinstance(corpora, SyntheticCorpora):
-            from lors.speech.corpora.synthetic import LANGUAGES, generator_versions
+        if finetune.validation is not None and finetune.validation.metric == "score":
+            settings["evaluate"] = self.experiment.evaluate.model_dump(exclude={"guard"})
+        inputs = {
+            f"{split}-{language}": _parquet(corpora[language], split)
+            for language in dict.fromkeys(part.language for part in parts)
+            for split in ("train", "validation")
+        }
+        if start is not None:
+            inputs["start"] = Source(start, ("*.safetensors", "*.json"))
+        where: dict[str, Any] = self.on_base if start is None else {"places": {}}
+        if (curves := self.experiment.resources.tensorboard) is not None:
+            where["places"]["tensorboard"] = str((curves / name.removeprefix("fine-tune ")).absolute())
+        return self.add(name, "fine_tune", settings, inputs=inputs, **where, **about)
 
-            if language not in LANGUAGES:
-                raise ConfigError(
-                    f"languages: the synthetic corpus does not speak {language!r}, choose from {', '.join(LANGUAGES)} "
-                    "or give a manifest"
-                )
-            settings |= {"limit": getattr(corpora.utterances, split), "seed": corpora.seed}
-            rest["outside"] = generator_versions()
-        else:
-            from lors.speech.corpora.manifest import content_digest
-
-            assert isinstance(corpora, ManifestCorpora)
-            path = Path(corpora.path.format(language=language, split=split))
-            settings |= {"columns": corpora.columns, "limit": getattr(corpora.limits, split)}
-            rest["outside"] = {"manifest": content_digest(path, corpora.columns, self.store.memo)}
-            rest["places"] = {"manifest": str(path.absolute())}
-        return self.add(f"prepare {language} {split}", "prepare_split", settings, **rest)
-
-    def expert(self, expert: Expert, corpus: Corpus) -> str:
-        about = {"language": expert.language, "task": expert.task}
-        trained = self.add(
-            f"fine-tune {expert.id}",
-            "fine_tune",
-            {**about, **self.experiment.finetune.model_dump()},
-            inputs={split: _parquet(corpus, split) for split in ("train", "validation")},
-            **self.on_base,
-            **about,
-        )
+    def expert(self, expert: Expert, corpora: Mapping[str, Corpus]) -> str:
+        about: dict[str, Any] = {"language": expert.language, "task": expert.task}
+        trained = self.train(f"fine-tune {expert.id}", [expert], corpora, **about)
         return self.add(
             f"extract {expert.id}",
             "extract_task_vector",
@@ -260,6 +290,22 @@ class _Builder:
             **self.on_base,
             **about,
         )
+
+    def baselines(self, corpora: Mapping[str, Corpus]) -> dict[str, str]:
+        """The last step of the training of each baseline that trains one model for all languages."""
+        experiment, found = self.experiment, {}
+        if "multitask" in experiment.baselines:
+            count = len(experiment.experts)
+            found["multitask"] = self.train("fine-tune multitask", experiment.experts, corpora, updates=count)
+        if "sequential" in experiment.baselines:
+            last: str | None = None
+            for language in experiment.order:
+                parts = [expert for expert in experiment.experts if expert.language == language]
+                name = f"fine-tune sequential {language}"
+                last = self.train(name, parts, corpora, updates=len(parts), start=last, language=language)
+            assert last is not None, "an experiment has languages"
+            found["sequential"] = last
+        return found
 
     def prune(self, expert: Expert, vector: str, method: str, settings: PruneSettings) -> str:
         return self.add(
@@ -271,7 +317,8 @@ class _Builder:
             task=expert.task,
         )
 
-    def merge(self, recipe: Recipe, vectors: Mapping[Expert, str], corpora: Mapping[str, Corpus]) -> None:
+    def merge(self, recipe: Recipe, vectors: Mapping[Expert, str], corpora: Mapping[str, Corpus]) -> str:
+        """The step that writes the merged model."""
         experiment, method = self.experiment, recipe.method
         combining = recipe.model_dump(mode="json", exclude={"scaling"})
         scales = {"groups": combining["groups"]}
@@ -295,7 +342,7 @@ class _Builder:
                         "tasks": experiment.tasks,
                         "languages": experiment.languages,
                         **scales,
-                        **experiment.evaluate.model_dump(),
+                        **experiment.evaluate.model_dump(exclude={"guard"}),
                     },
                     inputs={
                         "combined": Source(combined),
@@ -312,7 +359,7 @@ class _Builder:
         selected = self.add(
             f"select scaling {method}", "select_scaling", {"method": method, "scaling": chosen}, inputs=points
         )
-        self.add(
+        return self.add(
             f"write {method}",
             "write_model",
             {"method": method, **scales},
@@ -321,14 +368,15 @@ class _Builder:
         )
 
     def _decoding(self, language: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-        decoding = self.experiment.evaluate.model_dump(exclude={"normaliser"})
+        decoding = self.experiment.evaluate.model_dump(exclude={"normaliser", "guard"})
         return {"language": language, "tasks": tasks, "split": "test", **decoding}
 
-    def evaluate(self, system: str, language: str, corpora: Mapping[str, Corpus]) -> str:
-        inputs = {"corpus": _parquet(corpora[language], "test")}
-        where: dict[str, Any] = self.on_base if system == "base" else {}
-        if system != "base":
-            inputs["model"] = Source(f"write {system}", ("*.safetensors", "*.json"))
+    def evaluate(self, system: str, model: str | None, language: str, corpus: Corpus) -> str:
+        """All tasks of one language by the model that a step made; None is the base."""
+        inputs = {"corpus": _parquet(corpus, "test")}
+        where: dict[str, Any] = self.on_base if model is None else {}
+        if model is not None:
+            inputs["model"] = Source(model, ("*.safetensors", "*.json"))
         settings = self._decoding(language, self.experiment.tasks)
         name = f"evaluate {system} {language}"
         return self.add(name, "evaluate_model", settings, inputs=inputs, language=language, **where)
@@ -406,6 +454,7 @@ def run_step(
                 "out": str(production.out),
                 "work": str(production.work),
                 "threads": workspace.threads,
+                "processes": workspace.processes,
             },
             on_event,
             start,

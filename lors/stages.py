@@ -8,13 +8,21 @@ store), `digests` (of all inputs), `out` (an empty folder for its files), `work`
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lors.store import write_json
+
+if TYPE_CHECKING:
+    from lors.speech.corpus import Utterance
+    from lors.training.examples import Example
+    from lors.training.settings import Finetune
 
 __all__ = [
     "combine_task_vectors",
@@ -41,28 +49,37 @@ def prepare_split(
     """One validated split of a language, as Parquet with embedded 16 kHz FLAC, and its rejected rows."""
     from dataclasses import asdict
 
-    from lors.speech.corpora import manifest, synthetic
+    from lors.speech.corpora.sources import candidates
     from lors.speech.corpus import write_split
 
-    language, split, limit = settings["language"], settings["split"], settings["limit"]
-    if settings["source"] == "synthetic":
-        rows = synthetic.candidates(language, split, limit, settings["seed"])
-    else:
-        rows = manifest.candidates(Path(places["manifest"]), settings["columns"])
+    split = settings["split"]
     written = write_split(
-        rows,
+        candidates(settings, places),
         Path(out) / f"{split}.parquet",
-        language=language,
+        language=settings["language"],
         min_seconds=settings["min_seconds"],
         max_seconds=settings["max_seconds"],
         max_rejected=settings["max_rejected"],
-        limit=limit,
+        limit=settings["limit"],
+        hours=settings.get("hours"),
         on_progress=lambda done, total: report({"done": done, "total": total, "unit": "utterances"}),
     )
     return asdict(written)
 
 
-def fine_tune(
+def fine_tune(work: str, report: Report, processes: int = 1, **arguments: Any) -> dict[str, Any]:
+    """A model trained on one or more (language, task)s, a complete Hugging Face folder in float32.
+
+    Starts from the input `start`, where there is one, else from the base. Several processes share each batch.
+    """
+    if processes == 1:
+        return train(work=work, report=report, **arguments)
+    from lors.training.distributed import launch
+
+    return launch("lors.stages:train", {"work": work, **arguments}, processes, report, Path(work))
+
+
+def train(
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
     places: Mapping[str, Any],
@@ -72,33 +89,91 @@ def fine_tune(
     report: Report,
     **_: Any,
 ) -> dict[str, Any]:
-    """An expert: the base trained on one (language, task), a complete Hugging Face folder in float32."""
-    from lors.errors import CorpusError
-    from lors.speech import finetune
-    from lors.speech.corpus import read_split
+    """What `fine_tune` does in each of its processes; the first one writes the files."""
+    from lors.training import finetune
+    from lors.training.curves import tensorboard_writer
+    from lors.training.distributed import rank
     from lors.training.settings import Finetune
 
-    language, task = settings["language"], settings["task"]
-    model, processor = _load(places["base"], threads)
-    examples = {}
-    for split in ("train", "validation"):
-        utterances = read_split(Path(inputs[split]) / f"{split}.parquet")
-        limit = model.config.max_target_positions
-        examples[split] = finetune.examples_for(utterances, processor.tokenizer, language, task, limit)
-        if not examples[split]:
-            raise CorpusError(
-                f"no utterance of the {split} split of {language} can be used to {task}: give it "
-                f"{'translations' if task == 'translate' else 'shorter texts'}, or leave {task} out of the tasks"
-            )
-    own = Finetune(**{k: v for k, v in settings.items() if k not in ("language", "task")})
-    result = finetune.fine_tune(model, examples["train"], examples["validation"], own, Path(work) / "training", report)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    # Copied, not moved: killed from here on, the next run starts from the checkpoint and goes on with this log.
-    shutil.copyfile(Path(work) / "training" / finetune.LOG, Path(out) / finetune.LOG)
+    own = Finetune.model_validate(settings["finetune"])
+    model, processor = _load(inputs.get("start") or places["base"], threads)
+    examples, spoken = _examples(settings["parts"], inputs, model, processor, own)
+    first, training = rank() == 0, Path(work) / "training"
+    curves = tensorboard_writer(Path(places["tensorboard"])) if first and "tensorboard" in places else nullcontext()
+    with curves as draw, finetune.stop_on_sigterm() as stop:
+
+        def tell(event: Mapping[str, Any]) -> None:
+            report(event)
+            if draw is not None:
+                draw(event)
+
+        result = finetune.fine_tune(
+            model,
+            examples["train"],
+            examples["validation"],
+            own,
+            training,
+            tell,
+            score=_scorer(settings, processor, spoken) if "evaluate" in settings else None,
+            stop=stop,
+        )
+    if first:
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+        # Copied, not moved: killed from here on, the next run starts from the checkpoint and goes on with this log.
+        shutil.copyfile(training / finetune.LOG, Path(out) / finetune.LOG)
     counts = {f"{split}_examples": len(found) for split, found in examples.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux; the process trains this expert alone
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux; the process trains this model alone
     return {**counts, **result, "peak_memory_gib": round(peak / 2**20, 2)}
+
+
+def _examples(
+    parts: Sequence[tuple[str, str]], inputs: Mapping[str, str], model: Any, processor: Any, own: Finetune
+) -> tuple[dict[str, list[Example]], dict[tuple[str, str], list[Utterance]]]:
+    """The examples of each split, and the utterances that each (language, task) is scored on while it is trained."""
+    from lors.errors import CorpusError
+    from lors.speech.architecture import architecture_of
+    from lors.speech.corpus import read_split
+    from lors.training.examples import examples_for
+
+    architecture = architecture_of(model)
+    limit = own.validation.limit if own.validation is not None else None
+    examples: dict[str, list[Example]] = {"train": [], "validation": []}
+    spoken: dict[tuple[str, str], list[Utterance]] = {}
+    for split, found in examples.items():
+        languages = dict.fromkeys(language for language, _ in parts)
+        corpora = {code: read_split(Path(inputs[f"{split}-{code}"]) / f"{split}.parquet") for code in languages}
+        for language, task in parts:
+            utterances = corpora[language]
+            if len(languages) > 1:  # two languages may have the same ids, by which features are kept
+                utterances = [replace(utterance, id=f"{language}/{utterance.id}") for utterance in utterances]
+            new = examples_for(
+                utterances, processor.tokenizer, language, task, architecture.token_limit(model.config), architecture
+            )
+            if not new:
+                raise CorpusError(
+                    f"no utterance of the {split} split of {language} can be used to {task}: give it "
+                    f"{'translations' if task == 'translate' else 'shorter texts'}, or leave {task} out of the tasks"
+                )
+            found += new
+            if split == "validation":
+                spoken[language, task] = utterances[:limit]
+    return examples, spoken
+
+
+def _scorer(
+    settings: Mapping[str, Any], processor: Any, spoken: Mapping[tuple[str, str], Sequence[Utterance]]
+) -> Callable[[Any], float]:
+    """The mean error in percent over the parts, decoded as the systems are evaluated."""
+
+    def score(model: Any) -> float:
+        errors: dict[str, float] = {}
+        for (language, task), utterances in spoken.items():
+            decoding = {**settings["evaluate"], "tasks": [task]}
+            errors |= _validation_error(model, processor, utterances, language, decoding)
+        return sum(errors.values()) / len(errors)
+
+    return score
 
 
 def extract_task_vector(
@@ -194,11 +269,14 @@ def _validation_loss(
     model: Any, processor: Any, utterances: Sequence[Any], language: str, settings: Mapping[str, Any]
 ) -> dict[str, float]:
     """Cross-entropy a token with the right history, by `language-task`."""
-    from lors.speech.finetune import examples_for, validation_loss
+    from lors.speech.architecture import architecture_of
+    from lors.training.examples import examples_for
+    from lors.training.finetune import validation_loss
 
-    errors = {}
+    architecture, errors = architecture_of(model), {}
+    limit = architecture.token_limit(model.config)
     for task in settings["tasks"]:
-        examples = examples_for(utterances, processor.tokenizer, language, task, model.config.max_target_positions)
+        examples = examples_for(utterances, processor.tokenizer, language, task, limit, architecture)
         if examples:
             errors[f"{language}-{task}"] = validation_loss(
                 model, examples, batch_seconds=settings["batch_seconds"], window=settings["window"]
@@ -282,7 +360,7 @@ def score_systems(settings: Mapping[str, Any], inputs: Mapping[str, str], out: s
         parts.setdefault(name.partition("-")[0], []).append(pd.read_parquet(Path(inputs[name]) / _HYPOTHESES))
     tables = {system: pd.concat(found, ignore_index=True) for system, found in parts.items()}
     results = score_tables(tables, normaliser=settings["normaliser"])
-    summary = summarise(results, tables, normaliser=settings["normaliser"])
+    summary = summarise(results, tables, guard=settings["guard"], normaliser=settings["normaliser"])
     results.to_csv(Path(out) / "results.csv", index=False)
     write_json(Path(out) / "summary.json", summary)
     (Path(out) / "table.md").write_text(markdown_table(results, summary), encoding="utf-8")
@@ -300,12 +378,17 @@ def _use(threads: int) -> None:
 
 def _load(folder: str, threads: int) -> tuple[Any, Any]:
     """The model in float32 on this child's device, and its processor."""
-    import torch
-
     from lors.speech.load import load_model
 
     _use(threads)
-    return load_model(Path(folder), device="cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(Path(folder), device=_device())
+
+
+def _device() -> str:
+    """This process's GPU: with several, each process of a training has its own."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def _load_merged(base: str, combined: str, settings: Mapping[str, Any], threads: int) -> tuple[Any, Any]:

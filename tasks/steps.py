@@ -11,8 +11,10 @@ from prefect.context import TaskRunContext
 from prefect.tasks import Task
 
 from lors.pipeline import Step, run_step
+from lors.training.settings import LOG
 from tasks.policies import artifacts_of, step_task
 from tasks.runtime import runtime_of
+from tasks.training_view import TrainingView
 
 __all__ = ["TASKS", "task_for"]
 
@@ -25,10 +27,13 @@ def _perform(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
     assert context is not None, "a step is performed inside its Prefect task"
     runtime = runtime_of(context.task_run)
     told = time.monotonic()
+    view = TrainingView(step.name) if step.stage == "fine_tune" else None
 
     def on_event(event: Mapping[str, Any]) -> None:
         nonlocal told
         runtime.tell(step.name, event)
+        if view is not None:
+            view(event)
         if time.monotonic() - told >= _LOG_SECONDS:
             told = time.monotonic()
             logger.info("%s: %s", step.name, ", ".join(f"{name} {value}" for name, value in event.items()))
@@ -38,6 +43,8 @@ def _perform(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if not hit:
         with runtime.lock:
             runtime.computed.add(step.name)
+        if view is not None:
+            view.finish(runtime.workspace.store.path(artifact) / LOG)
     runtime.tell(step.name, {"finished": True, "seconds": None if hit else seconds})
     logger.info("%s %s: %s", step.name, "was in the store" if hit else "computed", dict(artifact.summary))
     return artifact.to_json()

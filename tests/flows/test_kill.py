@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from flows_helpers import tiny, written
 from processes import gone, within
+from safetensors import safe_open
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
 
-STEPS = 60
+STEPS = 80
 
 
 def experiment(folder: Path) -> Path:
@@ -60,6 +61,13 @@ def descendants(pid: int) -> dict[int, str]:
 def trained_steps(folder: Path) -> int:
     logs = list((folder / "store" / "work" / "fine_tune").glob("*/training/train.jsonl"))
     return len(logs[0].read_bytes().splitlines()) if logs else 0
+
+
+def checkpointed_step(folder: Path) -> int:
+    (file,) = (folder / "store" / "work" / "fine_tune").glob("*/training/checkpoint.safetensors")
+    with safe_open(file, framework="np") as checkpoint:
+        step: int = json.loads(checkpoint.metadata()["progress"])["step"]
+        return step
 
 
 def trainer(run: subprocess.Popen[str]) -> int:
@@ -115,6 +123,17 @@ def test_whatever_is_killed_the_next_run_ends_in_the_same_digests(prefect_api: s
     assert errors.endswith("lors: stopped; finished steps are kept, the same command goes on from here\n")
     assert "Traceback" not in errors
     assert within(5, lambda: all(map(gone, children))), children
+
+    # What a scheduler sends: the training writes the checkpoint of the step that it is at, and ends.
+    run = start(file, prefect_api)
+    moment = reached(run, trained_steps(folder))
+    run.send_signal(signal.SIGTERM)
+    assert within(30, lambda: run.poll() is not None)
+    errors = run.communicate()[1]
+    assert run.returncode == 143
+    assert errors.endswith("lors: stopped; finished steps are kept, the same command goes on from here\n")
+    assert "Traceback" not in errors
+    assert checkpointed_step(folder) >= moment
 
     run = start(file, prefect_api)
     reached(run, trained_steps(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import time
@@ -13,7 +14,7 @@ import pytest
 from flows_helpers import Done, planned
 from prefect.client.orchestration import get_client
 
-from flows.pipeline import full_pipeline, merge_and_evaluate, train_expert
+from flows.pipeline import full_pipeline, merge_and_evaluate, train_baselines, train_expert
 from lors.config import Experiment
 from lors.errors import InputError
 from lors.pipeline import build_steps
@@ -127,6 +128,47 @@ def test_more_speech_of_one_language_trains_that_language_as_planned(done: Done)
     assert set(full_pipeline(other)["computed"]) == expected == ran(other)
 
 
+def test_baselines_and_guard_languages_run_in_the_same_graph(done: Done) -> None:
+    changes = {
+        "baselines": ["multitask", "sequential"],
+        "sequence": ["fr", "es"],
+        "evaluate": {"batch_seconds": 20, "guard": ["it"]},
+    }
+    other = done.make(**changes, output=str(done.folder / "baselines"))
+    expected = planned(other)
+    assert {step for step in expected if step.startswith("fine-tune")} == {
+        "fine-tune multitask",
+        "fine-tune sequential fr",
+        "fine-tune sequential es",
+    }
+    trained = train_baselines(other)
+    assert trained.keys() == {"multitask", "sequential"}
+    rest = planned(other)
+    assert expected - rest == {step for step in expected if step.startswith("fine-tune")}
+    assert set(merge_and_evaluate(other)["computed"]) == rest
+    summary = summary_of(other)
+    assert list(summary["systems"]) == ["base", "experts", "multitask", "sequential", "lors"]
+    assert summary["guard"]["languages"] == ["it"]
+    assert list(summary["guard"]["systems"]) == ["base", "multitask", "sequential", "lors"]
+    assert summary["corpora"]["it"].keys() == {"test"}
+    assert trained["multitask"]["summary"]["steps"] == 8
+    assert (other.output / "table.md").read_text().splitlines()[0].endswith("| guard it WER | guard it BLEU |")
+    assert {path.stem for path in (other.output / "hypotheses").iterdir()} == set(summary["systems"])
+    assert planned(other) == set()
+    with pytest.raises(InputError, match="`baselines` names none that is trained: add multitask or sequential"):
+        train_baselines(done.make())
+
+
+def test_a_training_is_seen_in_the_api(done: Done) -> None:
+    query = {"artifacts": {"key": {"any_": ["fine-tune-es-transcribe-progress", "fine-tune-es-transcribe-loss"]}}}
+    with get_client(sync_client=True) as client:
+        found = {a["key"]: a for a in client.request("POST", "/artifacts/filter", json=query).json()}
+    assert found["fine-tune-es-transcribe-progress"]["type"] == "progress"
+    assert found["fine-tune-es-transcribe-progress"]["data"] == 100.0
+    picture = found["fine-tune-es-transcribe-loss"]["data"].removeprefix("data:image/svg+xml;base64,")
+    assert b"<polyline" in base64.b64decode(picture)
+
+
 @pytest.mark.parametrize("step", ["prune es-transcribe", "prepare fr test"])
 def test_a_damaged_entry_is_made_again_with_the_same_digest(step: str, done: Done) -> None:
     experiment, store = done.make(), Store(done.folder / "store")
@@ -181,7 +223,7 @@ def test_train_expert_gives_one_compact_expert(done: Done) -> None:
 
 def test_merging_wants_experts_that_are_there(done: Done) -> None:
     untrained = done.make(finetune={"steps": 9})
-    with pytest.raises(InputError, match="the expert of `fine-tune es-transcribe` is not in the store"):
+    with pytest.raises(InputError, match="the model of `fine-tune es-transcribe` is not in the store"):
         merge_and_evaluate(untrained)
     assert {name for name in build_steps(untrained, Store(untrained.store)) if name.startswith("fine-tune")} <= planned(
         untrained

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lors.config import ScalingSearch, load_experiment, parse_experiment
 from lors.errors import ConfigError
-from lors.speech.corpora.settings import Limits, ManifestCorpora, SyntheticCorpora
+from lors.speech.corpora.settings import DatasetsCorpora, Hours, Limits, ManifestCorpora, SyntheticCorpora
 
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
 MANIFEST = {"source": "manifest", "path": "data/{language}/{split}.jsonl"}
@@ -71,6 +71,17 @@ def test_demo_is_shipped() -> None:
         ({"corpora": {**MANIFEST, "colums": {}}}, "corpora.colums", "columns"),
         ({"corpora": {**MANIFEST, "limits": {"vaildation": 1}}}, "corpora.limits.vaildation", "validation"),
         ({"corpora": {**MANIFEST, "overrides": {"es": {"pth": "x"}}}}, "corpora.overrides.es.pth", "path"),
+        ({"finetune": {"validation": {"evry": 5}}}, "finetune.validation.evry", "every"),
+        ({"finetune": {"lora": {"rnk": 5}}}, "finetune.lora.rnk", "rank"),
+        (
+            {"finetune": {"augment": {"spec_augment": {"time_mask": 5}}}},
+            "finetune.augment.spec_augment.time_mask",
+            "time_masks",
+        ),
+        ({"corpora": {"source": "folder", "path": "x", "share": {}}}, "corpora.share", "shares"),
+        ({"corpora": {"source": "datasets", "preset": "mls", "stream": True}}, "corpora.stream", "streaming"),
+        ({"corpora": {"source": "common_voice", "path": "x", "local": "a"}}, "corpora.local", "locale"),
+        ({"corpora_of": {"es": {**MANIFEST, "pth": "x"}}}, "corpora_of.es.pth", "path"),
         (
             {"corpora": {**MANIFEST, "overrides": {"es": {"limits": {"trian": 1}}}}},
             "corpora.overrides.es.limits.trian",
@@ -139,6 +150,25 @@ def test_unknown_key_goes_before_its_consequences() -> None:
         ({"corpora": {**MANIFEST, "overrides": {"de": {}}}}, "corpora.overrides names 'de', which is not among the"),
         ({"corpora": {**MANIFEST, "path": "{language}.csv"}}, "corpora.path '{language}.csv' of es has no {split}"),
         ({"corpora": {**MANIFEST, "path": "{split}.csv"}}, "corpora.path gives fr the files of es"),
+        ({"corpora": {"source": "folder", "path": "all"}}, "corpora.path gives fr the files of es"),
+        (
+            {"corpora": {"source": "folder", "path": "{language}/{split}"}},
+            "corpora.path '{language}/{split}' names all",
+        ),
+        ({"corpora": {"source": "datasets"}}, "corpora: give a path (a hub id or a folder) or a preset (fleurs, cov"),
+        ({"corpora": {"source": "datasets", "preset": "common_voice"}}, "corpora.preset: Common Voice left the hub"),
+        (
+            {"corpora": {"source": "datasets", "path": "x", "splits": {"dev": "a"}}},
+            "corpora.splits: 'dev' is no split of ours",
+        ),
+        ({"corpora_of": {"de": MANIFEST}}, "corpora_of names 'de', which is not among the languages"),
+        ({"corpora_of": {"fr": {**MANIFEST, "path": "x.csv"}}}, "corpora_of.fr.path 'x.csv' of fr has no {split}"),
+        ({"corpora_of": {"fr": {**MANIFEST, "overrides": {"fr": {}}}}}, "corpora_of.fr is of one language: put its"),
+        ({"evaluate": {"guard": ["es"]}}, "evaluate.guard names 'es', which experts are trained for"),
+        ({"baselines": ["multitusk"]}, "baselines.0 should be 'base', 'experts', 'multitask' or 'sequential'"),
+        ({"baselines": ["multitask", "multitask"]}, "baselines: multitask is listed twice"),
+        ({"sequence": ["es"]}, "sequence must name each of the languages once: es, fr"),
+        ({"finetune": {"freeze": [""]}}, "finetune.freeze: '' is no pattern of parameters"),
         ({"corpora": {**MANIFEST, "path": "{lang}/{split}.csv"}}, "corpora.path '{lang}/{split}.csv' may have"),
         ({"corpora": {**MANIFEST, "path": "{language/{split}"}}, "corpora.path '{language/{split}' may have"),
         (
@@ -272,6 +302,28 @@ def test_overrides_leave_the_rest_as_for_all() -> None:
     assert isinstance(synthetic, SyntheticCorpora)
     counts = synthetic.of("es").utterances
     assert (counts.train, counts.validation, counts.test) == (5, synthetic.utterances.validation, 7)
+
+
+def test_a_language_may_have_a_source_of_its_own() -> None:
+    own = {"source": "folder", "path": "spoken/fr", "hours": {"train": 2}}
+    loaded = parse_experiment(
+        experiment(corpora={"source": "synthetic"}, corpora_of={"fr": own, "it": own | {"path": "spoken/it"}})
+        | {"evaluate": {"guard": ["it"]}}
+    )
+    assert loaded.spoken == ("es", "fr", "it")
+    assert [loaded.speech_of(language).source for language in loaded.spoken] == ["synthetic", "folder", "folder"]
+    assert loaded.speech_of("it").path == "spoken/it"  # type: ignore[union-attr]
+    assert loaded.speech_of("fr").hours.train == 2  # type: ignore[union-attr]
+
+
+def test_overrides_of_a_data_set() -> None:
+    corpora = {"source": "datasets", "preset": "fleurs", "splits": {"train": "a"}, "hours": {"train": 5, "test": 1}}
+    corpora["overrides"] = {"es": {"name": "es_mx", "splits": {"test": "b"}, "hours": {"train": 3}}}
+    es, fr = (parse_experiment(experiment(corpora=corpora)).speech_of(language) for language in ("es", "fr"))
+    assert isinstance(es, DatasetsCorpora)
+    assert isinstance(fr, DatasetsCorpora)
+    assert (es.name, es.splits, es.hours) == ("es_mx", {"train": "a", "test": "b"}, Hours(train=3, test=1))
+    assert (fr.name, fr.splits, fr.hours) == (None, {"train": "a"}, Hours(train=5, test=1))
 
 
 def test_weights_by_expert_go_before_those_by_language() -> None:

@@ -72,7 +72,7 @@ Make = Callable[..., Experiment]
 def make(tmp_path: Path) -> Make:
     """An experiment on manifests in `speech`, with other settings by section or dotted key."""
     speech = tmp_path / "speech"
-    for language in ("es", "fr"):
+    for language in ("es", "fr", "de"):
         for number, split in enumerate(SPLITS):
             write_manifest(speech / language / f"{split}.jsonl", language, number)
 
@@ -210,9 +210,72 @@ def test_a_language_more_costs_its_own_work_and_the_merge(make: Make, store: Sto
     assert to_run(make(), store) == expected
 
 
+def evaluated(system: str, *languages: str) -> set[str]:
+    return {f"evaluate {system} {language}" for language in languages}
+
+
+SEQUENTIAL = {f"fine-tune sequential {language}" for language in ("es", "fr")}
+
+
+def test_baselines_share_everything_with_the_rest(make: Make, store: Store) -> None:
+    before = finish(make(), store)
+    both = make(baselines=["multitask", "sequential"])
+    expected = {"fine-tune multitask", "score systems", *SEQUENTIAL}
+    expected |= evaluated("multitask", "es", "fr") | evaluated("sequential", "es", "fr")
+    assert to_run(both, store) == expected
+    after = finish(both, store)
+    assert {name for name, key in before.items() if after[name] != key} == {"score systems"}
+    assert to_run(make(baselines=["experts", "base"]), store) == set()
+
+
+def test_baselines_take_as_many_updates_as_all_experts_together(make: Make, store: Store) -> None:
+    finetune = {"steps": 10, "max_hours": 0.5}
+    steps = build_steps(make(baselines=["multitask", "sequential"], finetune=finetune), store)
+    updates = {name: step.settings["finetune"]["steps"] for name, step in steps.items() if step.stage == "fine_tune"}
+    hours = {name: step.settings["finetune"]["max_hours"] for name, step in steps.items() if step.stage == "fine_tune"}
+    assert updates == {f"fine-tune {expert}": 10 for expert in EXPERTS} | dict.fromkeys(SEQUENTIAL, 20) | {
+        "fine-tune multitask": 40
+    }
+    assert hours == {name: count / 20 for name, count in updates.items()}
+    parts = [[language, task] for language in ("es", "fr") for task in ("transcribe", "translate")]
+    assert steps["fine-tune multitask"].settings["parts"] == parts
+    assert steps["fine-tune sequential fr"].settings["parts"] == parts[2:]
+    assert steps["fine-tune sequential fr"].inputs["start"].step == "fine-tune sequential es"
+
+
+def test_the_sequential_baseline_goes_on_from_where_it_was(make: Make, store: Store) -> None:
+    finish(make(baselines=["multitask", "sequential"]), store)
+    more = to_run(make(baselines=["multitask", "sequential"], languages=["es", "fr", "de"]), store)
+    trained = {"de-transcribe", "de-translate", "sequential de", "multitask"}
+    assert {step for step in more if step.startswith("fine-tune")} == {f"fine-tune {name}" for name in trained}
+    turned = to_run(make(baselines=["multitask", "sequential"], sequence=["fr", "es"]), store)
+    assert turned == {*SEQUENTIAL, *evaluated("sequential", "es", "fr"), "score systems"}
+
+
+def test_a_guard_language_is_evaluated_and_trained_nowhere(make: Make, store: Store) -> None:
+    finish(make(baselines=["multitask"]), store)
+    guarded = make(baselines=["multitask"], evaluate={"guard": ["de"]})
+    expected = {"prepare de test", "score systems"}
+    for system in ("base", "multitask", "lors", "task_arithmetic"):
+        expected |= evaluated(system, "de")
+    assert to_run(guarded, store) == expected
+
+
+def test_validation_in_training_depends_on_decoding_only_where_it_decodes(make: Make, store: Store) -> None:
+    def experiment(metric: str, beams: int) -> Experiment:
+        finetune = {"validation": {"every": 5, "metric": metric}}
+        return make(tasks=["transcribe"], finetune=finetune, evaluate={"beams": beams})
+
+    for metric in ("loss", "score"):
+        finish(experiment(metric, 1), store)
+        trained = {step for step in to_run(experiment(metric, 2), store) if step.startswith("fine-tune")}
+        assert bool(trained) == (metric == "score")
+
+
 def test_resources_and_places_are_in_no_key(make: Make, store: Store, tmp_path: Path) -> None:
     before = finish(make(), store)
-    elsewhere = make(resources={"parallel": 7, "threads": 3}, output=str(tmp_path / "elsewhere"))
+    own = {"parallel": 7, "threads": 3, "processes": 2, "tensorboard": str(tmp_path / "curves")}
+    elsewhere = make(resources=own, output=str(tmp_path / "elsewhere"))
     assert changed(before, finish(elsewhere, store)) == set()
     moved = Store(shutil.move(store.root, tmp_path / "moved-store"))
     shutil.copytree(MODEL_FOLDER, tmp_path / "base")
@@ -289,7 +352,7 @@ def base_of(folder: Path, **config: Any) -> str:
 def test_what_is_wrong_with_a_base_is_said(make: Make, store: Store, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere is not a folder; give a model folder"):
         build_steps(make(base=str(tmp_path / "nowhere")), store)
-    with pytest.raises(CheckpointError, match="is of type 'wav2vec2': LoRS works on Whisper"):
+    with pytest.raises(CheckpointError, match="is of type 'wav2vec2': LoRS works on Whisper models"):
         build_steps(make(base=base_of(tmp_path / "other", model_type="wav2vec2")), store)
     pickled = Path(base_of(tmp_path / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")

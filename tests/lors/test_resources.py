@@ -9,6 +9,7 @@ import pytest
 
 from lors import resources
 from lors.config import parse_experiment
+from lors.errors import ConfigError
 
 
 def experiment(**own: Any) -> Any:
@@ -50,3 +51,14 @@ def test_shares(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resources.shares(experiment(threads=1)) == (4, 1, [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert resources.shares(experiment()) == (2, 4, ["0", "1"])
+
+
+def test_processes_that_train_together_share_the_cores_or_have_a_gpu_each(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resources.shares(experiment(processes=2)) == (2, 2, [])
+    assert resources.shares(experiment(processes=16)) == (1, 1, [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert resources.shares(experiment(processes=2)) == (2, 2, ["0,1", "2,3"])
+    with pytest.raises(ConfigError, match="processes is 6, but this process may use 5 GPUs"):
+        resources.shares(experiment(processes=6))

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 
 from lors import stages
 from lors.checkpoint import Checkpoint
@@ -143,7 +144,7 @@ def test_prepared_splits_are_evaluated_and_scored_in_the_given_order(tmp_path: P
     order = ["base-es", "experts-es-transcribe", "lors-es"]
     scored = folder(tmp_path / "scored")
     stages.score_systems(
-        {"normaliser": "lors", "order": order},
+        {"normaliser": "lors", "guard": [], "order": order},
         {"lors-es": str(merged), "experts-es-transcribe": str(out), "base-es": str(out)},
         str(scored),
     )
@@ -168,3 +169,83 @@ def test_a_point_of_the_search_is_the_mean_of_its_languages_and_tasks(
     assert point["errors"].keys() == {"es-transcribe", "es-translate"}
     assert done["error"] == point["error"] == pytest.approx(sum(point["errors"].values()) / 2)
     assert all(error > 0 for error in point["errors"].values())
+
+
+def trained(folder_: Path, languages: list[str], **changes: Any) -> tuple[Path, dict[str, Any], list[Any]]:
+    """A model trained for two updates on both tasks of some languages, its figures and its events."""
+    inputs = {}
+    for language in languages:
+        for name, limit in (("train", 6), ("validation", 2)):
+            corpus = folder_ / f"{name}-{language}"
+            if not corpus.exists():
+                settings = {"language": language, "split": name, "source": "synthetic", "seed": 3, "limit": limit}
+                settings |= {"min_seconds": 0.1, "max_seconds": 4.0, "max_rejected": 0.05}
+                stages.prepare_split(settings, places={}, out=str(folder(corpus)), report=nothing)
+            inputs[f"{name}-{language}"] = str(corpus)
+    parts = [[language, task] for language in languages for task in ("transcribe", "translate")]
+    finetune = {"steps": 2, "learning_rate": 1e-3, "batch_seconds": 12} | changes.pop("finetune", {})
+    settings = {"parts": parts, "finetune": finetune} | changes.pop("settings", {})
+    out, events = folder(folder_ / f"out-{len(list(folder_.iterdir()))}"), list[Any]()
+    places = {"base": BASE} | changes.pop("places", {})
+    work = str(out) + "-work"
+    inputs |= changes.pop("inputs", {})
+    done = stages.fine_tune(
+        work=work,
+        report=events.append,
+        settings=settings,
+        inputs=inputs,
+        places=places,
+        out=str(out),
+        threads=1,
+        **changes,
+    )
+    return out, done, events
+
+
+EVALUATE = {"beams": 1, "window": "auto", "batch_seconds": 20.0, "normaliser": "lors"}
+
+
+def test_one_training_on_several_languages_and_tasks_validates_each(tmp_path: Path) -> None:
+    finetune = {"validation": {"every": 1, "limit": 1}}
+    out, done, events = trained(tmp_path, ["es", "fr"], finetune=finetune, settings={"evaluate": EVALUATE})
+    assert (done["steps"], done["train_examples"], done["validation_examples"]) == (2, 24, 8)
+    assert done["best_step"] in (1, 2)
+    seen = [event for event in events if "validation_score" in event]
+    assert [event["step"] for event in seen] == [1, 2]
+    assert done["best_value"] == pytest.approx(min(event["validation_score"] for event in seen))
+    assert {"model.safetensors", "config.json", "tokenizer.json", "train.jsonl"} <= {p.name for p in out.iterdir()}
+    again, *_ = trained(tmp_path, ["es", "fr"], finetune=finetune, settings={"evaluate": EVALUATE})
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_the_encoder_s_positions_are_never_trained(tmp_path: Path) -> None:
+    """They are sinusoids, which a window of the native length would train."""
+    out, *_ = trained(tmp_path, ["es"], finetune={"window": 30.0, "batch_seconds": 40})
+    name = "model.encoder.embed_positions.weight"
+    with safe_open(MODEL_FOLDER / "model.safetensors", "pt") as base, safe_open(out / "model.safetensors", "pt") as own:
+        assert torch.equal(own.get_tensor(name), base.get_tensor(name).float())
+        name = "model.decoder.layer_norm.weight"
+        assert not torch.equal(own.get_tensor(name), base.get_tensor(name).float())
+
+
+def test_a_training_may_start_from_another_and_be_watched(tmp_path: Path) -> None:
+    first, *_ = trained(tmp_path, ["es"])
+    curves = tmp_path / "curves"
+    places = {"base": "/nowhere", "tensorboard": str(curves)}
+    second, *_ = trained(tmp_path, ["fr"], inputs={"start": str(first)}, places=places)
+    assert any(path.name.startswith("events.out.tfevents") for path in curves.rglob("*"))
+    alone, *_ = trained(tmp_path, ["fr"])
+    digests = {(folder_ / "model.safetensors").read_bytes() for folder_ in (first, second, alone)}
+    assert len(digests) == 3
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    one, done, events = trained(tmp_path, ["es"])
+    two, done_together, events_together = trained(tmp_path, ["es"], processes=2)
+    assert done_together["steps"] == done["steps"]
+    losses = [[event["loss"] for event in found if "loss" in event] for found in (events, events_together)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    with safe_open(one / "model.safetensors", "pt") as a, safe_open(two / "model.safetensors", "pt") as b:
+        assert a.keys() == b.keys()
+        for name in a.keys():  # noqa: SIM118 - it is no mapping
+            torch.testing.assert_close(a.get_tensor(name), b.get_tensor(name), rtol=1e-3, atol=2e-5)
