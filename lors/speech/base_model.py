@@ -66,7 +66,6 @@ def check_base(folder: Path, name: str, languages: Sequence[str], tasks: Sequenc
             if f"<|{language}|>" not in known:
                 codes = ", ".join(sorted(token.strip("<|>") for token in known))
                 raise ConfigError(
-                    f"languages: the base {name} has no token for {language!r}, choose another language or base (it "
-                    f"has {codes})"
+                    f"the base {name} has no token for {language!r}, choose another language or base (it has {codes})"
                 )
     return float(config.get("max_source_positions", 1500)) / 50

@@ -44,7 +44,7 @@ def describe(corpora: Corpora, language: str, split: str, memo: Memo | None = No
     if isinstance(corpora, SyntheticCorpora):
         if language not in synthetic.LANGUAGES:
             raise ConfigError(
-                f"languages: the synthetic corpus does not speak {language!r}, choose from "
+                f"the synthetic corpus does not speak {language!r}, choose from "
                 f"{', '.join(synthetic.LANGUAGES)} or give a manifest"
             )
         settings = {"limit": getattr(corpora.utterances, split), "seed": corpora.seed}

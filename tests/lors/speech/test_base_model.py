@@ -55,7 +55,7 @@ def test_bases_that_fit(
     [
         (
             {"model_type": "whisper"}, MULTILINGUAL, ["es", "de"], BOTH, ConfigError,
-            "languages: the base mine has no token for 'de', choose another language or base (it has es, fr, yue)",
+            "the base mine has no token for 'de', choose another language or base (it has es, fr, yue)",
         ),
         ({"model_type": "whisper"}, {"is_multilingual": True}, ["es"], BOTH, CheckpointError, "has no lang_to_id"),
         ({"model_type": "whisper"}, {}, ["es"], BOTH, CheckpointError, "is not multilingual"),

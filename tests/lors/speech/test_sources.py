@@ -83,7 +83,7 @@ def test_the_synthetic_corpus_through_the_door() -> None:
     assert sorted(source.outside) == ["babel", "espeakng-loader", "num2words"]
     settings = {"source": "synthetic", "language": "es", "split": "test", **source.settings}
     assert [c.id for c in candidates(settings, source.places)] == ["test-00000", "test-00001"]
-    with pytest.raises(ConfigError, match="languages: the synthetic corpus does not speak 'ja', choose from ca, de"):
+    with pytest.raises(ConfigError, match="the synthetic corpus does not speak 'ja', choose from ca, de"):
         describe(corpora, "ja", "test")
 
 

@@ -248,6 +248,32 @@ def test_lora_trains_its_targets_alone(tmp_path: Path) -> None:
     assert steps_of(tmp_path)[-1]["loss"] < steps_of(tmp_path)[0]["loss"]
 
 
+def tiny_moonshine() -> Any:
+    from transformers import MoonshineConfig, MoonshineForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = MoonshineConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, encoder_num_hidden_layers=2, decoder_num_hidden_layers=1,
+        encoder_num_attention_heads=2, decoder_num_attention_heads=2, max_position_embeddings=48, pad_token_id=2,
+    )  # fmt: skip
+    return MoonshineForConditionalGeneration(config).eval()
+
+
+def test_a_moonshine_hears_raw_audio(tmp_path: Path) -> None:
+    """Its inputs, windows and start token are its own; parts in one window are the batch here too."""
+    models = [tiny_moonshine(), tiny_moonshine()]
+    before = validation_loss(models[0], examples(4), batch_seconds=8, window="auto")
+    for model, parts in zip(models, (1, 3), strict=True):
+        own = settings(
+            steps=40, learning_rate=1e-2, accumulate=parts, augment={"speed": [0.9, 1.1]}, gradient_checkpointing=True,
+            validation={"every": 20, "metric": "loss"},
+        )  # fmt: skip
+        result = fine_tune(model, examples(4), examples(4), own, tmp_path / str(parts))
+        assert result["validation_loss"] < 0.7 * before
+    losses = [[entry["loss"] for entry in steps_of(tmp_path / str(parts))] for parts in (1, 3)]
+    assert losses[1][:10] == pytest.approx(losses[0][:10], abs=1e-3)
+
+
 def test_every_switch_at_once_still_learns(tmp_path: Path) -> None:
     model = tiny_model()
     names, config = list(weights(model)), model.config.to_dict()

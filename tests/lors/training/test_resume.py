@@ -254,6 +254,6 @@ def test_sigterm_ends_a_training_at_a_checkpoint(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert threading.current_thread() is threading.main_thread()
-    with stop_on_sigterm() as stop, pytest.raises(StepFailedError, match=r"stopped after step 4 of 12"):
+    with stop_on_sigterm() as stop, pytest.raises(StepFailedError, match=r"stopped after step 5 of 12"):
         fine_tune(tiny_model(), examples(), [], settings(), tmp_path, terminate, stop=stop)
     assert (tmp_path / "checkpoint.safetensors").is_file()
