@@ -92,7 +92,8 @@ class Evaluate(Section):
     beams: PositiveInt = 1
     """1 decodes greedily."""
     window: Literal["auto"] | PositiveFloat = "auto"
-    """As in `finetune`; 30 for the figures that other papers report."""
+    """Seconds the encoder takes. auto: the longest utterance of the batch + 2 s, at least 7 s, for a 30 s base; 30 for
+    the figures that other papers report."""
     batch_seconds: PositiveFloat = 160.0
     """Utterances times window of a batch, in seconds of audio."""
     normaliser: Literal["lors", "whisper_basic", "none"] = "lors"

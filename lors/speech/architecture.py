@@ -124,7 +124,7 @@ class Moonshine:
 
     def window_for(self, config: Any, longest: float, setting: float | str) -> float:
         # Any padding changes the result: the group norm after the first convolution hears it, mask or not.
-        return min(longest, MOONSHINE_SECONDS if setting == "auto" else float(setting))
+        return min(longest, MOONSHINE_SECONDS if isinstance(setting, str) else float(setting))
 
     def token_limit(self, config: Any) -> int:
         return int(config.max_position_embeddings)

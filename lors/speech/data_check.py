@@ -161,7 +161,7 @@ def _writer(base: Path) -> Writer:
 def _examined(
     experiment: Experiment, language: str, splits: Mapping[str, Rows], writer: Writer, listener: Listener
 ) -> list[SplitFacts]:
-    training, testing = experiment.finetune.window, experiment.evaluate.window
+    training, testing = experiment.finetune.training_window, experiment.evaluate.window
     windows = {"train": training, "validation": training, "test": testing}
 
     def tell(split: str, done: int, total: int) -> None:

@@ -71,13 +71,15 @@ def native_window(config: Any) -> float:
 def window_for(longest: float, native: float, setting: float | str = "auto") -> float:
     """Seconds of the encoder window for a batch whose longest utterance lasts `longest` seconds.
 
-    `auto` never pads to 30 s for nothing. A model trained on 30 s windows loops on windows that end right after the
-    speech (measured on Whisper-base: WER 11.0 at 7 s, 49.2 at 5 s), so it keeps 2 s of silence and at least 7 s;
-    a model with a shorter native window was trained on tight ones.
+    A number is the window; `auto` and `tight` fit the speech, for decoding and for training. A model trained on 30 s
+    windows loops when it writes from windows that end right after the speech (measured on Whisper-base: WER 11.0 at
+    7 s, 49.2 at 5 s), so `auto` keeps 2 s of silence and at least 7 s. Training needs less: with 1 s and at least 5 s
+    Whisper-base came out no worse, scored at 30 s, and a quarter faster. A model with a shorter native window was
+    trained on tight ones.
     """
-    if setting != "auto":
+    if not isinstance(setting, str):
         return min(float(setting), native)
-    margin, least = (2.0, 7.0) if native >= 30 else (0.3, 1.0)
+    margin, least = {"auto": (2.0, 7.0), "tight": (1.0, 5.0)}[setting] if native >= 30 else (0.3, 1.0)
     return min(native, max(least, math.ceil((longest + margin) * 2) / 2))
 
 

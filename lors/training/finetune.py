@@ -81,7 +81,7 @@ def fine_tune(
     measure = _measure(settings, validation, score)
     peak = settings.learning_rate or learning_rate_for(sum(p.numel() for p in model.parameters()))
     dtype = precision_for(settings.precision, model.device)
-    speech = _inputs(model, train, settings.window, augment=settings.augment, seed=settings.seed)
+    speech = _inputs(model, train, settings.training_window, augment=settings.augment, seed=settings.seed)
     us = team(model.device)
     work.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -100,7 +100,9 @@ def fine_tune(
         _train(run, ready, clock, measure, stop)
         result = {"steps": state.progress.step, "learning_rate": peak, **clock.figures(), **_choose(state, work)}
     if validation and us.first:
-        loss_after = validation_loss(model, validation, batch_seconds=settings.batch_seconds, window=settings.window)
+        loss_after = validation_loss(
+            model, validation, batch_seconds=settings.batch_seconds, window=settings.training_window
+        )
         result["validation_loss"] = round(loss_after, 5)
     return result
 
@@ -242,7 +244,9 @@ def _measure(settings: Finetune, validation: Sequence[Example], score: Score | N
         return score
     if not (chosen := _first_of_each(validation, settings.validation.limit)):
         raise ConfigError("finetune.validation: there is no example to validate on, give the validation split some")
-    return lambda model: validation_loss(model, chosen, batch_seconds=settings.batch_seconds, window=settings.window)
+    return lambda model: validation_loss(
+        model, chosen, batch_seconds=settings.batch_seconds, window=settings.training_window
+    )
 
 
 def _first_of_each(examples: Sequence[Example], limit: int | None) -> list[Example]:

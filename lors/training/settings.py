@@ -107,13 +107,19 @@ class Finetune(Section):
     """Where languages or tasks are mixed, each is drawn in proportion to its utterances to the power of 1 / this: 1
     takes them as they are, 5 lifts small ones."""
     window: Literal["auto"] | PositiveFloat = "auto"
-    """Seconds the encoder takes. auto: the longest utterance of the batch + 2 s, at least 7 s, for a 30 s base."""
+    """Seconds the encoder takes. auto: the longest utterance of the batch + 1 s, at least 5 s, for a 30 s base (a
+    Moonshine: just the longest utterance)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 autocast on GPUs that have it, fp32 elsewhere. fp16 scales the loss."""
     compile: bool = False
     """torch.compile: worth its minutes of compiling in long trainings on GPUs."""
     seed: NonNegativeInt = 0
     """Of the order of the batches and of all that is drawn; the same for all experts."""
+
+    @property
+    def training_window(self) -> float | str:
+        """For `lors.speech.features.window_for`: training fits speech more tightly than decoding may."""
+        return "tight" if self.window == "auto" else self.window
 
     @field_validator("freeze")
     @classmethod

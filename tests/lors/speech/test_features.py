@@ -95,7 +95,9 @@ def test_window_rule(longest: float, native: float, setting: str | float) -> Non
 
 def test_window_of_a_pretrained_base() -> None:
     assert [window_for(seconds, 30.0) for seconds in (1, 5, 5.1, 27.6, 30)] == [7, 7, 7.5, 30, 30]
-    assert [window_for(seconds, 4.0) for seconds in (0.2, 1.2, 1.21, 3.8)] == [1, 1.5, 2, 4]
+    assert [window_for(seconds, 30.0, "tight") for seconds in (1, 4, 4.1, 28.6, 30)] == [5, 5, 5.5, 30, 30]
+    for setting in ("auto", "tight"):
+        assert [window_for(seconds, 4.0, setting) for seconds in (0.2, 1.2, 1.21, 3.8)] == [1, 1.5, 2, 4]
 
 
 def tiny(positions: int, **options: int) -> WhisperForConditionalGeneration:
