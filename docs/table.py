@@ -12,7 +12,10 @@ from lors.scoring.metrics import main_metric
 
 
 def main(output: Path) -> None:
-    """One row a system: the main metric of each language and task with its 95 % interval, then recovery."""
+    """One row a system: the main metric of each language and task with its 95 % interval, then recovery.
+
+    Experts have none for a guard language.
+    """
     results = pd.read_csv(output / "results.csv")
     systems = json.loads((output / "summary.json").read_text("utf-8"))["systems"]
     columns = sorted({(row.task, row.language) for row in results.itertuples()})
@@ -23,8 +26,8 @@ def main(output: Path) -> None:
         cells = [system]
         for task, language in columns:
             chosen = (results.system == system) & (results.language == language)
-            (row,) = results[chosen & (results.metric == main_metric(task, language))].itertuples()
-            cells.append(f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f})")
+            rows = results[chosen & (results.metric == main_metric(task, language))].itertuples()
+            cells += [f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f})" for row in rows] or ["-"]
         cells.append("-" if means["recovery"] is None else f"{means['recovery']:.2f}")
         print("| " + " | ".join(cells) + " |")
 

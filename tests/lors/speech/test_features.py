@@ -74,20 +74,23 @@ def test_ends_in_one_frame_of_silence() -> None:
 
 
 @given(
-    longest=st.floats(0.01, 30), native=st.sampled_from([30.0, 4.0, 10.0]), setting=st.sampled_from(["auto", 3.0, 40.0])
+    longest=st.floats(0.01, 30),
+    native=st.sampled_from([30.0, 4.0, 10.0]),
+    setting=st.sampled_from(["auto", "tight", 3.0, 40.0]),
 )
 def test_window_rule(longest: float, native: float, setting: str | float) -> None:
     longest = min(longest, native)
     window = window_for(longest, native, setting)
     assert 0 < window <= native
-    if setting != "auto":
+    if not isinstance(setting, str):
         assert window == min(setting, native)
         return
     assert window >= longest
     assert window == native or (window * 2).is_integer()
     if native == 30:
-        assert window >= min(30, max(7, longest + 2))
-        assert window <= max(7, longest + 2.5)
+        margin, least = (2, 7) if setting == "auto" else (1, 5)
+        assert window >= min(30, max(least, longest + margin))
+        assert window <= max(least, longest + margin + 0.5)
     else:
         assert window <= max(1, longest + 0.8)
     assert window_for(min(native, longest + 1), native, setting) >= window
