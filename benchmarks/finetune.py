@@ -432,7 +432,7 @@ def planned(model: Any, examples: Sequence[Any], steps: int, batch: int) -> tupl
 
     settings = Finetune(steps=steps, learning_rate=RATE, warmup=WARMUP, precision="fp32")
     architecture = architecture_of(model)
-    speech = Inputs(examples, architecture, model.config, settings.window, seed=settings.seed)
+    speech = Inputs(examples, architecture, model.config, settings.training_window, seed=settings.seed)
     native = architecture.native_window(model.config)
     best: tuple[Any, list[int], list[float]] = (settings, [], [])
     for batch_seconds in range(batch, round(batch * native) + 1):
@@ -440,7 +440,7 @@ def planned(model: Any, examples: Sequence[Any], steps: int, batch: int) -> tupl
         sizes = [len(draws) for draws in plan]
         if sum(best[1]) < sum(sizes) <= steps * batch:
             longest = [max(examples[draw.index].utterance.seconds for draw in draws) for draws in plan]
-            windows = [architecture.window_for(model.config, seconds, settings.window) for seconds in longest]
+            windows = [architecture.window_for(model.config, seconds, settings.training_window) for seconds in longest]
             best = (settings.model_copy(update={"batch_seconds": float(batch_seconds)}), sizes, windows)
     return best
 
