@@ -277,4 +277,6 @@ def _rescaled(keep: Keep, blocks: Blocks, density: float, rescale: Rescale) -> K
             kept += float(keep(block, start).abs_().sum(dtype=torch.float64))
             start += block.numel()
         factor = total / kept if kept else 1.0
+    if factor > torch.finfo(torch.float32).max:  # nothing but denormal entries is kept
+        return lambda block, start: (keep(block, start).double() * factor).to(block.dtype)
     return lambda block, start: keep(block, start).mul_(factor)

@@ -162,11 +162,13 @@ def test_baselines_and_guard_languages_run_in_the_same_graph(done: Done) -> None
 def test_a_training_is_seen_in_the_api(done: Done) -> None:
     query = {"artifacts": {"key": {"any_": ["fine-tune-es-transcribe-progress", "fine-tune-es-transcribe-loss"]}}}
     with get_client(sync_client=True) as client:
-        found = {a["key"]: a for a in client.request("POST", "/artifacts/filter", json=query).json()}
-    assert found["fine-tune-es-transcribe-progress"]["type"] == "progress"
-    assert found["fine-tune-es-transcribe-progress"]["data"] == 100.0
-    picture = found["fine-tune-es-transcribe-loss"]["data"].removeprefix("data:image/svg+xml;base64,")
-    assert b"<polyline" in base64.b64decode(picture)
+        found = client.request("POST", "/artifacts/filter", json=query).json()
+    # Trainings of other tests, some of them killed, may have shown themselves to the same API.
+    assert 100.0 in [artifact["data"] for artifact in found if artifact["type"] == "progress"]
+    pictures = [artifact["data"] for artifact in found if artifact["type"] == "image"]
+    assert pictures
+    for picture in pictures:
+        assert b"<polyline" in base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,"))
 
 
 @pytest.mark.parametrize("step", ["prune es-transcribe", "prepare fr test"])

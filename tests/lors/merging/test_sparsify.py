@@ -112,6 +112,11 @@ def test_blocks_leave_no_trace(values, step, cuts, other_cuts):
         assert pruned.tolist() == whole.tolist()
 
 
+def test_a_sum_of_magnitudes_is_kept_by_a_denormal_entry_alone():
+    delta, step = torch.tensor([1.0, 1e-45]), Random(density=0.25, rescale="l1", seed=2)
+    assert sp.sparsify(delta, step, "es", "fc1").tolist() == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("step", [Magnitude(density=0.2), Breadcrumbs(), Magnitude(density=0.001)], ids=str)
 def test_counts_are_exact_over_several_blocks_and_many_ties(dtype, step):
