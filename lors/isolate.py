@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from lors import errors
 from lors.errors import LorsError, StepFailedError
 
-__all__ = ["Slots"]
+__all__ = ["Slots", "perform"]
 
 # Schedulers that send SIGTERM wait 30 s before they kill.
 _GRACE_SECONDS = 20.0
@@ -321,13 +321,14 @@ def _serve() -> NoReturn:
             os.dup2(log, descriptor)
         if log != first_log:
             os.close(log)
-        answer = _answer(job, lambda event: send({"event": event}))
+        answer = perform(job, lambda event: send({"event": event}))
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         send(answer)
 
 
-def _answer(job: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+def perform(job: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    """Call what `job` names in this process: its "result", or its error's "message" and "kind" (see `_Child.work`)."""
     try:
         module, _, name = job["call"].partition(":")
         result = getattr(importlib.import_module(module), name)(**job["arguments"], report=report)

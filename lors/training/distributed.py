@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
-import importlib
 import json
 import os
 import re
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,8 @@ import torch
 import torch.distributed as dist
 
 from lors import errors
-from lors.errors import ConfigError, LorsError, StepFailedError
+from lors.errors import ConfigError, StepFailedError
+from lors.isolate import perform
 from lors.training.signals import stop_on_sigterm
 
 __all__ = ["Team", "launch", "rank", "team"]
@@ -235,7 +234,7 @@ def _serve(job: Path) -> NoReturn:
 
     if number == 0:
         send({"process": os.getpid()})
-    answer = _answer(content, report)
+    answer = perform(content, report)
     send({"rank": number, **answer})
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -247,20 +246,6 @@ def _end_with_the_reader(pipe: int) -> None:
     poll.register(pipe, 0)
     poll.poll()
     os._exit(1)
-
-
-def _answer(job: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
-    try:
-        module, _, name = job["call"].partition(":")
-        result = getattr(importlib.import_module(module), name)(**job["arguments"], report=report)
-        return {"result": json.loads(json.dumps(dict(result)))}
-    except LorsError as error:
-        kind = next(k.__name__ for k in type(error).__mro__ if getattr(errors, k.__name__, None) is k)
-        return {"kind": kind, "message": str(error)}
-    except BaseException as error:
-        traceback.print_exc()
-        summary = " ".join(traceback.format_exception_only(error)[-1].split())
-        return {"kind": None, "message": f"failed with {summary[:500]}"}
 
 
 if __name__ == "__main__":
