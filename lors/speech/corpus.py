@@ -80,10 +80,6 @@ class Utterance:
     seconds: float
     flac: bytes | memoryview
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        own = (self.id, self.text, self.translation, self.speaker, self.seconds, bytes(self.flac))
-        return Utterance, own  # a view of a mapped file cannot go to another process
-
     def audio(self) -> np.ndarray:
         """The samples, (samples,) float32 in [-1, 1) at 16 kHz."""
         samples, _ = soundfile.read(io.BytesIO(self.flac), dtype="float32")

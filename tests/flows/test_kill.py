@@ -102,7 +102,7 @@ def test_whatever_is_killed_the_next_run_ends_in_the_same_digests(prefect_api: s
         assert run.poll() is None, run.communicate()[1]
         return moment
 
-    # Ctrl-C, and kill -9 with an API of the run's own, which has to go as well.
+    # kill -9 with an API of the run's own, which has to go as well.
     run = start(file, None)
     reached(run, 0)
     children = descendants(run.pid)
@@ -113,27 +113,19 @@ def test_whatever_is_killed_the_next_run_ends_in_the_same_digests(prefect_api: s
     assert within(5, lambda: all(map(gone, children))), children
     run.communicate()
 
-    run = start(file, prefect_api)
-    reached(run, trained_steps(folder))
-    children = descendants(run.pid)
-    run.send_signal(signal.SIGINT)
-    assert within(20, lambda: run.poll() is not None)
-    errors = run.communicate()[1]
-    assert run.returncode == 130
-    assert errors.endswith("lors: stopped; finished steps are kept, the same command goes on from here\n")
-    assert "Traceback" not in errors
-    assert within(5, lambda: all(map(gone, children))), children
-
-    # What a scheduler sends: the training writes the checkpoint of the step that it is at, and ends.
-    run = start(file, prefect_api)
-    moment = reached(run, trained_steps(folder))
-    run.send_signal(signal.SIGTERM)
-    assert within(30, lambda: run.poll() is not None)
-    errors = run.communicate()[1]
-    assert run.returncode == 143
-    assert errors.endswith("lors: stopped; finished steps are kept, the same command goes on from here\n")
-    assert "Traceback" not in errors
-    assert checkpointed_step(folder) >= moment
+    # Ctrl-C, and what a scheduler sends: the training writes the checkpoint of the step that it is at, and ends.
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        run = start(file, prefect_api)
+        moment = reached(run, trained_steps(folder))
+        children = descendants(run.pid)
+        run.send_signal(number)
+        assert within(30, lambda run=run: run.poll() is not None)
+        errors = run.communicate()[1]
+        assert run.returncode == code
+        assert errors.endswith("lors: stopped; finished steps are kept, the same command goes on from here\n")
+        assert "Traceback" not in errors
+        assert checkpointed_step(folder) >= moment
+        assert within(5, lambda children=children: all(map(gone, children))), children
 
     run = start(file, prefect_api)
     reached(run, trained_steps(folder))

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import itertools
 import json
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -319,7 +317,7 @@ def test_a_long_recording_is_not_decoded_to_its_end(tmp_path: Path) -> None:
     assert (samples.shape, rate) == ((31 * 8000, 1), 8000)
 
 
-def test_utterances_are_views_that_can_be_compared_replaced_and_sent(tmp_path: Path) -> None:
+def test_utterances_are_views_that_can_be_compared_and_replaced(tmp_path: Path) -> None:
     write_split([row("a"), row("b", load=gives(sound(0.5, seed=1)))], tmp_path / "t.parquet", language="es")
     first, second = read_split(tmp_path / "t.parquet")
     assert [file.name for file in tmp_path.iterdir() if file.suffix != ".jsonl"] == ["t.parquet"]
@@ -327,10 +325,7 @@ def test_utterances_are_views_that_can_be_compared_replaced_and_sent(tmp_path: P
     assert first.flac == encode_flac(SPOKEN) != second.flac
     assert first != second
     assert len({first, replace(first), second}) == 2
-    sent = pickle.loads(pickle.dumps(first))
-    assert (sent, type(sent.flac)) == (first, bytes)
-    assert copy.deepcopy(second) == second
-    np.testing.assert_array_equal(sent.audio(), first.audio())
+    np.testing.assert_array_equal(replace(first).audio(), first.audio())
     with pytest.raises(TypeError):
         first.flac[0] = 0  # type: ignore[index]
 
