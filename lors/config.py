@@ -38,13 +38,23 @@ __all__ = [
 
 
 class ScalingSearch(Section):
-    """The scaling coefficient is the one with the least error on the validation split."""
+    """The search for the scaling coefficients on the validation split; the test split is not read for it."""
 
-    search: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
-    """The coefficients to try."""
-    metric: Literal["score", "loss"] = "score"
-    """score: mean of WER (CER where words are not spaced) and of 100 - BLEU over languages and tasks. loss: mean of
-    the teacher-forced cross-entropies."""
+    search: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    """The coefficients to try first, one for the whole model. None: 0.25, 0.5, 0.75, 1, 1.5 and 2 times the method's
+    own (`lors merge --list`), which is 0.4 for sums."""
+    per: Literal["model", "part", "expert"] = "model"
+    """part: encoder and decoder, or expert: each expert, is then given a coefficient of its own, one after the other
+    (coordinate descent): the best so far times each of `factors`."""
+    factors: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.5, 0.75, 1.25, 1.5)
+    """What `per` multiplies a coefficient with."""
+    rounds: PositiveInt = 1
+    """How often `per` goes through all encoders and decoders, or experts."""
+    budget: PositiveInt | None = None
+    """The most points scored; None: all of them."""
+    metric: Literal["score", "loss", "wer", "cer", "bleu", "chrf"] = "score"
+    """What decides: score is the mean of WER (CER where words are not spaced) and of 100 - BLEU over languages and
+    tasks; loss the mean of the teacher-forced cross-entropies; the others that metric's mean over the languages."""
 
 
 class Merge(Section):
@@ -54,6 +64,8 @@ class Merge(Section):
     """See `lors merge --list`."""
     scaling: Annotated[float, Field(ge=0)] | ScalingSearch = ScalingSearch()
     """The scaling coefficient: a number, or a search."""
+    searches: dict[str, ScalingSearch] = {}
+    """Searches of single methods, of `compare` too, in place of `scaling`; with as many points as the others have."""
     weights: dict[str, float] = {}
     """Merge weight by expert (`es-transcribe`) or language (`es`); 1 where none is given."""
     parameters: dict[str, dict[str, Any]] = {}
@@ -66,6 +78,13 @@ class Merge(Section):
     def _known_method(cls, name: str) -> str:
         return _known_method(name)
 
+    @field_validator("searches")
+    @classmethod
+    def _known_searches(cls, searches: dict[str, ScalingSearch]) -> dict[str, ScalingSearch]:
+        for name in searches:
+            _known_method(name)
+        return searches
+
     @pydantic.model_validator(mode="after")
     def _known_parameters(self) -> Merge:
         from lors.merging.registry import make_recipe
@@ -76,6 +95,9 @@ class Merge(Section):
             except InputError as error:
                 raise ValueError(f"parameters: {error}") from error
         return self
+
+
+_SEARCHED = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 def _known_method(name: str) -> str:
@@ -96,11 +118,22 @@ class Evaluate(Section):
     the figures that other papers report."""
     batch_seconds: PositiveFloat = 160.0
     """Utterances times window of a batch, in seconds of audio."""
+    backend: Literal["transformers", "ctranslate2"] = "transformers"
+    """ctranslate2 decodes the test split with the extra of that name: the same tokens, in float32."""
+    identify: bool = True
+    """Whether a multilingual model also says which language it hears, and transcribes as that one where it is not the
+    language spoken: the columns `wrong language` and `free`."""
+    comet: Path | None = None
+    """A folder with a COMET model in safetensors (docs/evaluation.md); its scores then stand beside BLEU and chrF2."""
     normaliser: Literal["lors", "whisper_basic", "none"] = "lors"
     """Of the text that WER and CER compare; BLEU and chrF2 compare raw text."""
     guard: tuple[Language, ...] = ()
     """Languages that no expert is trained for; the base and every merged or trained-on-all system are scored on their
     test split, so that forgetting is seen."""
+
+    def decoding(self) -> dict[str, Any]:
+        """What decides the tokens of a model on a split."""
+        return self.model_dump(include={"beams", "window", "batch_seconds"})
 
 
 class Resources(Section):
@@ -116,7 +149,7 @@ class Resources(Section):
     """A folder for TensorBoard's curves of every training (the `tensorboard` extra)."""
 
 
-Baseline = Literal["base", "experts", "multitask", "sequential"]
+Baseline = Literal["base", "experts", "switched", "multitask", "sequential"]
 
 
 class Expert(Section):
@@ -152,14 +185,18 @@ class Experiment(Section):
     """How task vectors become one."""
     compare: tuple[str, ...] = ()
     """Other merging methods, run beside `merge.method` with the same scaling search."""
-    baselines: tuple[Baseline, ...] = ("base", "experts")
-    """multitask: one model trained on all languages and tasks at once. sequential: one language after the other, each
-    with all tasks. Both with as many updates as all experts together. base and experts, which recovery lies between,
-    are always scored."""
+    baselines: tuple[Baseline, ...] = ("base", "experts", "switched")
+    """switched: the base with the compact expert of the language and task put in at run time. multitask: one model
+    trained on all languages and tasks at once. sequential: one language after the other, each with all tasks. Both with
+    as many updates as all experts together. base and experts, which recovery lies between, are always scored."""
     sequence: tuple[Language, ...] | None = None
     """The order of the sequential baseline; None: as in `languages`."""
     evaluate: Evaluate = Evaluate()
     """How systems are scored."""
+    diagnose: bool = True
+    """Whether the spectra of the experts and their interference are measured, for the report."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    """Train everything once with each of these in place of `finetune.seed`; the table then has means over them."""
     resources: Resources = Resources()
     """What the run may use of this machine."""
     output: Path
@@ -172,9 +209,9 @@ class Experiment(Section):
     def _known_methods(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(_known_method(name) for name in names)
 
-    @field_validator("languages", "tasks", "compare", "baselines", "sequence")
+    @field_validator("languages", "tasks", "compare", "baselines", "sequence", "seeds")
     @classmethod
-    def _no_repeats(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _no_repeats(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         for value in (listed := values or ()):
             if listed.count(value) > 1:
                 raise ValueError(f"{value} is listed twice")
@@ -198,8 +235,25 @@ class Experiment(Section):
         for language, corpora in self.corpora_of.items():
             if corpora.overrides:
                 raise ValueError(f"corpora_of.{language} is of one language: put its overrides beside its source")
+        self._check_searches()
         self._check_paths()
         return self
+
+    def _check_searches(self) -> None:
+        """That methods are compared at equal search budgets."""
+        from lors.scaling import points
+
+        counts: dict[str, int] = {}
+        for method in self.systems:
+            if (search := self.search(method)) is not None:
+                counts[method] = points(search, [expert.id for expert in self.experts])
+        first = next(iter(counts), None)
+        for method, count in counts.items():
+            if first is not None and count != counts[first]:
+                raise ValueError(
+                    f"merge.searches: {method} is searched with {count} points and {first} with {counts[first]}: give "
+                    "all that are compared as many, or a `budget`"
+                )
 
     def _check_paths(self) -> None:
         """That each (language, split) has a place of its own."""
@@ -264,6 +318,18 @@ class Experiment(Section):
             prune=self.prune if METHODS[method].prunes else None,
             groups=self.merge.groups,
         )
+
+    def search(self, method: str) -> ScalingSearch | None:
+        """How the scaling coefficient of a method is searched; None where it is not."""
+        from lors.merging.registry import METHODS
+
+        found = self.merge.searches.get(method, self.merge.scaling)
+        if not METHODS[method].searches_scaling or not isinstance(found, ScalingSearch):
+            return None
+        if found.search is None:
+            default = METHODS[method].scaling_default
+            return found.model_copy(update={"search": tuple(round(default * f, 12) for f in _SEARCHED)})
+        return found
 
     def weight(self, expert: Expert) -> float:
         """The merge weight of an expert."""

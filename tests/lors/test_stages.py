@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from lors import stages
+from lors.stages import merging
 from lors.checkpoint import Checkpoint
 from lors.delta_file import write_dense
 from lors.merging import get_method
@@ -75,7 +76,7 @@ def test_the_search_scores_the_very_model_that_is_written(half: bool, combined: 
         out=str(folder(tmp_path / "out")),
     )
     assert written["scaling"] == 0.37
-    searched, _ = stages._load_merged(base, str(combined), {"scaling": 0.37, "groups": GROUPS}, threads=1)
+    searched, _ = merging._load_merged(base, str(combined), {"scaling": 0.37, "groups": GROUPS}, threads=1)
     model, processor = load_model(tmp_path / "out")
     mine, theirs = searched.state_dict(), model.state_dict()
     assert mine.keys() == theirs.keys()

@@ -112,7 +112,7 @@ def test_fewer_gpus_than_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"2 processes train together, but 1 GPUs are visible"):
-        launch("lors.stages:train", {}, 2, lambda event: None, tmp_path)
+        launch("lors.stages.training:train", {}, 2, lambda event: None, tmp_path)
 
 
 def test_the_processes_end_with_the_launching_one(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Experts, and baselines that are trained on all languages."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lors.stages.common import Report, load
+from lors.stages.validating import validation_error
+
+if TYPE_CHECKING:
+    from lors.speech.corpus import Utterance
+    from lors.training.examples import Example
+    from lors.training.settings import Finetune
+
+__all__ = ["fine_tune", "train"]
+
+
+def fine_tune(work: str, report: Report, processes: int = 1, **arguments: Any) -> dict[str, Any]:
+    """A model trained on one or more (language, task)s, a complete Hugging Face folder in float32.
+
+    Starts from the input `start`, where there is one, else from the base. Several processes share each batch.
+    """
+    if processes == 1:
+        return train(work=work, report=report, **arguments)
+    from lors.training.distributed import launch
+
+    return launch("lors.stages.training:train", {"work": work, **arguments}, processes, report, Path(work))
+
+
+def train(
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    places: Mapping[str, Any],
+    out: str,
+    work: str,
+    threads: int,
+    report: Report,
+    **_: Any,
+) -> dict[str, Any]:
+    """What `fine_tune` does in each of its processes; the first one writes the files."""
+    from lors.training import finetune
+    from lors.training.curves import tensorboard_writer
+    from lors.training.distributed import rank
+    from lors.training.settings import Finetune
+
+    own = Finetune.model_validate(settings["finetune"])
+    model, processor = load(inputs.get("start") or places["base"], threads)
+    examples, spoken = _examples(settings["parts"], inputs, model, processor, own)
+    first, training = rank() == 0, Path(work) / "training"
+    curves = tensorboard_writer(Path(places["tensorboard"])) if first and "tensorboard" in places else nullcontext()
+    with curves as draw, finetune.stop_on_sigterm() as stop:
+
+        def tell(event: Mapping[str, Any]) -> None:
+            report(event)
+            if draw is not None:
+                draw(event)
+
+        result = finetune.fine_tune(
+            model,
+            examples["train"],
+            examples["validation"],
+            own,
+            training,
+            tell,
+            score=_scorer(settings, processor, spoken) if "evaluate" in settings else None,
+            stop=stop,
+        )
+    if first:
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+        # Copied, not moved: killed from here on, the next run starts from the checkpoint and goes on with this log.
+        shutil.copyfile(training / finetune.LOG, Path(out) / finetune.LOG)
+    counts = {f"{split}_examples": len(found) for split, found in examples.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux; the process trains this model alone
+    return {**counts, **result, "peak_memory_gib": round(peak / 2**20, 2)}
+
+
+def _examples(
+    parts: Sequence[tuple[str, str]], inputs: Mapping[str, str], model: Any, processor: Any, own: Finetune
+) -> tuple[dict[str, list[Example]], dict[tuple[str, str], list[Utterance]]]:
+    """The examples of each split, and the utterances that each (language, task) is scored on while it is trained."""
+    from lors.errors import CorpusError
+    from lors.speech.architecture import architecture_of
+    from lors.speech.corpus import read_split
+    from lors.training.examples import examples_for
+
+    architecture = architecture_of(model)
+    limit = own.validation.limit if own.validation is not None else None
+    examples: dict[str, list[Example]] = {"train": [], "validation": []}
+    spoken: dict[tuple[str, str], list[Utterance]] = {}
+    for split, found in examples.items():
+        languages = dict.fromkeys(language for language, _ in parts)
+        corpora = {code: read_split(Path(inputs[f"{split}-{code}"]) / f"{split}.parquet") for code in languages}
+        for language, task in parts:
+            utterances = corpora[language]
+            if len(languages) > 1:  # two languages may have the same ids, by which features are kept
+                utterances = [replace(utterance, id=f"{language}/{utterance.id}") for utterance in utterances]
+            new = examples_for(
+                utterances, processor.tokenizer, language, task, architecture.token_limit(model.config), architecture
+            )
+            if not new:
+                raise CorpusError(
+                    f"no utterance of the {split} split of {language} can be used to {task}: give it "
+                    f"{'translations' if task == 'translate' else 'shorter texts'}, or leave {task} out of the tasks"
+                )
+            found += new
+            if split == "validation":
+                spoken[language, task] = utterances[:limit]
+    return examples, spoken
+
+
+def _scorer(
+    settings: Mapping[str, Any], processor: Any, spoken: Mapping[tuple[str, str], Sequence[Utterance]]
+) -> Callable[[Any], float]:
+    """The mean error in percent over the parts, decoded as the systems are evaluated."""
+
+    def score(model: Any) -> float:
+        errors: dict[str, float] = {}
+        for (language, task), utterances in spoken.items():
+            decoding = {**settings["evaluate"], "tasks": [task]}
+            errors |= validation_error(model, processor, utterances, language, decoding)
+        return sum(errors.values()) / len(errors)
+
+    return score
