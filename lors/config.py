@@ -319,6 +319,10 @@ class Experiment(Section):
             groups=self.merge.groups,
         )
 
+    def prune_for(self, method: str) -> PruneSettings:
+        """What a method prunes by; of one that prunes nothing, `prune`."""
+        return self.recipe(method).pruning or self.prune
+
     def search(self, method: str) -> ScalingSearch | None:
         """How the scaling coefficient of a method is searched; None where it is not."""
         from lors.merging.registry import METHODS

@@ -165,7 +165,10 @@ def test_unknown_key_goes_before_its_consequences() -> None:
         ({"corpora_of": {"fr": {**MANIFEST, "path": "x.csv"}}}, "corpora_of.fr.path 'x.csv' of fr has no {split}"),
         ({"corpora_of": {"fr": {**MANIFEST, "overrides": {"fr": {}}}}}, "corpora_of.fr is of one language: put its"),
         ({"evaluate": {"guard": ["es"]}}, "evaluate.guard names 'es', which experts are trained for"),
-        ({"baselines": ["multitusk"]}, "baselines.0 should be 'base', 'experts', 'multitask' or 'sequential'"),
+        (
+            {"baselines": ["multitusk"]},
+            "baselines.0 should be 'base', 'experts', 'switched', 'multitask' or 'sequential'",
+        ),
         ({"baselines": ["multitask", "multitask"]}, "baselines: multitask is listed twice"),
         ({"sequence": ["es"]}, "sequence must name each of the languages once: es, fr"),
         ({"finetune": {"freeze": [""]}}, "finetune.freeze: '' is no pattern of parameters"),
