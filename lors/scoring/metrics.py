@@ -1,32 +1,38 @@
 """Corpus-level WER, CER (jiwer), BLEU and chrF2 (sacrebleu), each with a signature and a bootstrap interval.
 
-Shapes: n utterances, b blocks that are resampled (utterances or speakers), s resamples, k sufficient statistics.
+Shapes: n utterances, s resamples, k sufficient statistics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lors.errors import InputError
+from lors.scoring.bootstrap import Array, Blocks, Statistics, interval, p_value, percent, resample
 from lors.scoring.normalise import is_unspaced, normalise, normaliser_version
 
-__all__ = ["LOWER_IS_BETTER", "METRICS", "METRICS_OF_TASK", "Score", "differs", "main_metric", "score"]
-
-Array = NDArray[np.float64]
+__all__ = [
+    "LOWER_IS_BETTER",
+    "METRICS",
+    "METRICS_OF_TASK",
+    "Difference",
+    "Score",
+    "difference",
+    "differs",
+    "full_signature",
+    "main_metric",
+    "score",
+    "statistics",
+]
 
 METRICS: Final = ("wer", "cer", "bleu", "chrf")
 LOWER_IS_BETTER: Final = frozenset({"wer", "cer"})
 METRICS_OF_TASK: Final = {"transcribe": ("wer", "cer"), "translate": ("bleu", "chrf")}
-
-# With fewer clusters a cluster bootstrap's interval is far too narrow; the number is ours.
-_FEWEST_SPEAKERS = 10
-_DRAWS_AT_ONCE = 4_000_000  # bounds the matrix of draws (float64) to 32 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +52,17 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class _Statistics:
-    rows: Array  # (n, k), summed over utterances they give the corpus score
-    value: float  # the library's own corpus score
-    signature: str
-    of_sums: Callable[[Array], Array]  # (s, k) sums to (s,) scores
+class Difference:
+    """Between the scores of two systems on the same utterances."""
+
+    value: float
+    """The first system's score less the second's."""
+    low: float
+    """2.5 % quantile of the difference on the same resamples; NaN where there are fewer than two blocks."""
+    high: float
+    """97.5 % quantile."""
+    p: float
+    """Two-sided, of no difference (`bootstrap.p_value`)."""
 
 
 def main_metric(task: str, language: str) -> str:
@@ -58,11 +70,6 @@ def main_metric(task: str, language: str) -> str:
     if task == "translate":
         return "bleu"
     return "cer" if is_unspaced(language) else "wer"
-
-
-def _error_rate(sums: Array) -> Array:
-    """(s, 2) errors and reference length to percent; with nothing to recognise jiwer counts the insertions."""
-    return 100 * sums[:, 0] / np.maximum(sums[:, 1], 1)
 
 
 def _bleu(sums: Array) -> Array:
@@ -88,7 +95,7 @@ def _chrf(sums: Array) -> Array:
 
 def _edit_statistics(
     metric: str, references: Sequence[str], hypotheses: Sequence[str], language: str, normaliser: str
-) -> _Statistics:
+) -> Statistics:
     import jiwer
 
     process = jiwer.process_words if metric == "wer" else jiwer.process_characters
@@ -109,12 +116,10 @@ def _edit_statistics(
     ]
     value = 100 * float(output.wer if metric == "wer" else output.cer)
     signature = f"jiwer:{version('jiwer')}|normaliser:{normaliser_version(normaliser)}|lang:{language}"
-    return _Statistics(np.array(rows, dtype=np.float64), value, signature, _error_rate)
+    return Statistics(np.array(rows, dtype=np.float64), value, signature, percent)
 
 
-def _overlap_statistics(
-    metric: str, references: Sequence[str], hypotheses: Sequence[str], language: str
-) -> _Statistics:
+def _overlap_statistics(metric: str, references: Sequence[str], hypotheses: Sequence[str], language: str) -> Statistics:
     from sacrebleu.metrics import BLEU, CHRF
 
     scorer: Any = BLEU() if metric == "bleu" else CHRF()
@@ -123,12 +128,13 @@ def _overlap_statistics(
     array = np.array(rows, dtype=np.float64)
     corpus = scorer._compute_score_from_stats([int(total) for total in array.sum(axis=0)])
     signature = f"{corpus.name}|{scorer.get_signature().format(short=False)}|lang:{language}"
-    return _Statistics(array, float(corpus.score), signature, _bleu if metric == "bleu" else _chrf)
+    return Statistics(array, float(corpus.score), signature, _bleu if metric == "bleu" else _chrf)
 
 
-def _statistics(
+def statistics(
     metric: str, references: Sequence[str], hypotheses: Sequence[str], language: str, normaliser: str
-) -> _Statistics:
+) -> Statistics:
+    """What a score is made from, utterance by utterance. Arguments and errors as in `score`."""
     if metric not in METRICS:
         raise InputError(f"There is no metric {metric!r}; choose one of {', '.join(METRICS)}.")
     if len(references) != len(hypotheses):
@@ -148,51 +154,6 @@ def _statistics(
     if metric in LOWER_IS_BETTER:
         return _edit_statistics(metric, references, hypotheses, language, normaliser)
     return _overlap_statistics(metric, references, hypotheses, language)
-
-
-def _blocks(n: int, speakers: Sequence[str | None] | None) -> tuple[str, NDArray[np.intp], int]:
-    """What is resampled ("speaker" or "utterance"), the block of each utterance (n,), the number of blocks."""
-    if speakers is not None:
-        if len(speakers) != n:
-            raise InputError(f"There are {len(speakers)} speakers for {n} utterances; give one speaker an utterance.")
-        names = {name for name in speakers if isinstance(name, str)}
-        if all(isinstance(name, str) for name in speakers) and len(names) >= _FEWEST_SPEAKERS:
-            number = {name: i for i, name in enumerate(sorted(names))}
-            return "speaker", np.array([number[str(name)] for name in speakers], dtype=np.intp), len(names)
-    return "utterance", np.arange(n), n
-
-
-def _resample(
-    systems: Sequence[_Statistics],
-    block: NDArray[np.intp],  # (n,), the block of each utterance
-    blocks: int,
-    resamples: int,
-    seed: int,
-) -> list[Array]:
-    """The scores (s,) of every system on the same resamples: b blocks drawn with replacement, as often as there are."""
-    if resamples < 1:
-        raise InputError(f"An interval cannot come from {resamples} resamples; give 1 or more.")
-    sums = []
-    for system in systems:
-        by_block = np.zeros((blocks, system.rows.shape[1]))
-        np.add.at(by_block, block, system.rows)
-        sums.append(by_block)
-    generator = np.random.default_rng(seed)
-    at_once = max(1, _DRAWS_AT_ONCE // blocks)
-    scores: list[list[Array]] = [[] for _ in systems]
-    for start in range(0, resamples, at_once):
-        size = min(at_once, resamples - start)
-        draws = generator.multinomial(blocks, np.full(blocks, 1 / blocks), size=size).astype(np.float64)  # (s, b)
-        for system, by_block, values in zip(systems, sums, scores, strict=True):
-            values.append(system.of_sums(draws @ by_block))
-    return [np.concatenate(values) for values in scores]
-
-
-def _interval(values: Array, blocks: int) -> tuple[float, float]:
-    if blocks < 2:
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def score(
@@ -215,14 +176,19 @@ def score(
     Raises InputError for an unknown metric or normaliser, no utterances, unequal lengths or a missing text. Empty texts
     are fine.
     """
-    statistics = _statistics(metric, references, hypotheses, language, normaliser)
-    unit, block, blocks = _blocks(len(references), speakers)
-    low, high = _interval(_resample([statistics], block, blocks, resamples, seed)[0], blocks)
-    signature = f"{statistics.signature}|bootstrap:{resamples}.seed:{seed}|by:{unit}"
-    return Score(metric, statistics.value, low, high, signature, len(references))
+    found = statistics(metric, references, hypotheses, language, normaliser)
+    blocks = Blocks(len(references), speakers)
+    low, high = interval(resample([found], blocks, resamples, seed, language)[0], blocks)
+    signature = full_signature(found, blocks, resamples, seed)
+    return Score(metric, found.value, low, high, signature, len(references))
 
 
-def differs(
+def full_signature(found: Statistics, blocks: Blocks, resamples: int, seed: int) -> str:
+    """A score's signature with that of its interval."""
+    return f"{found.signature}|bootstrap:{resamples}.seed:{seed}|by:{blocks.unit}"
+
+
+def difference(
     metric: str,
     references: Sequence[str],  # (n,)
     hypotheses_a: Sequence[str],  # (n,), of one system
@@ -233,12 +199,23 @@ def differs(
     speakers: Sequence[str | None] | None = None,  # (n,)
     resamples: int = 1000,
     seed: int = 0,
-) -> bool:
-    """Whether two systems differ on the same utterances: the 95 % paired bootstrap interval of the difference of their
-    scores (Koehn 2004, section 4: both systems on the same resamples) excludes 0. Arguments and errors as in `score`.
+) -> Difference:
+    """How far two systems' scores on the same utterances lie apart, by the paired bootstrap (Koehn 2004, section 4:
+    both systems on the same resamples). Arguments and errors as in `score`.
     """
-    systems = [_statistics(metric, references, texts, language, normaliser) for texts in (hypotheses_a, hypotheses_b)]
-    _, block, blocks = _blocks(len(references), speakers)
-    a, b = _resample(systems, block, blocks, resamples, seed)
-    low, high = _interval(a - b, blocks)
-    return low > 0 or high < 0
+    systems = [statistics(metric, references, texts, language, normaliser) for texts in (hypotheses_a, hypotheses_b)]
+    blocks = Blocks(len(references), speakers)
+    a, b = resample(systems, blocks, resamples, seed, language)
+    return Difference(systems[0].value - systems[1].value, *interval(a - b, blocks), p_value(a - b, blocks))
+
+
+def differs(
+    metric: str,
+    references: Sequence[str],  # (n,)
+    hypotheses_a: Sequence[str],  # (n,)
+    hypotheses_b: Sequence[str],  # (n,)
+    **options: Any,
+) -> bool:
+    """Whether the 95 % interval of `difference`, which see, excludes 0."""
+    found = difference(metric, references, hypotheses_a, hypotheses_b, **options)
+    return found.low > 0 or found.high < 0

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from lors.scoring.metrics import LOWER_IS_BETTER
 
-__all__ = ["complete_mean", "ratio_to_expert", "recovery"]
+__all__ = ["complete_mean", "ratio_to_expert", "recovery", "relative_to_base"]
 
 
 def recovery(base: float, system: float, expert: float, *, defined: bool = True) -> float | None:
@@ -28,6 +28,14 @@ def ratio_to_expert(metric: str, system: float, expert: float) -> float | None:
     """
     better, other = (expert, system) if metric in LOWER_IS_BETTER else (system, expert)
     return better / other if other else None
+
+
+def relative_to_base(metric: str, system: float, base: float) -> float | None:
+    """The change from the base as a share of the base's score, above 0 where the system is better: of an error rate its
+    relative reduction. None where the base's score is 0.
+    """
+    gain = base - system if metric in LOWER_IS_BETTER else system - base
+    return gain / base if base else None
 
 
 def complete_mean(values: Iterable[float | None]) -> float | None:

@@ -7,18 +7,42 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import pandas as pd
 
 from lors.errors import InputError
-from lors.scoring.metrics import LOWER_IS_BETTER, METRICS, METRICS_OF_TASK, differs, main_metric, score
+from lors.scoring.bootstrap import Array, Blocks, Statistics, interval, p_value, percent, resample
+from lors.scoring.metrics import (
+    LOWER_IS_BETTER,
+    METRICS,
+    METRICS_OF_TASK,
+    full_signature,
+    main_metric,
+    statistics,
+)
 from lors.scoring.normalise import is_unspaced
-from lors.scoring.recovery import complete_mean, ratio_to_expert, recovery
+from lors.scoring.recovery import complete_mean, ratio_to_expert, recovery, relative_to_base
+from lors.scoring.robustness import MEASURES, robustness
 
-__all__ = ["BASE", "EXPERTS", "RESULT_COLUMNS", "markdown_table", "score_tables", "summarise"]
+__all__ = [
+    "BASE",
+    "EXPERTS",
+    "RESULT_COLUMNS",
+    "SWITCHED",
+    "main_rows",
+    "markdown_table",
+    "robustness_table",
+    "score_tables",
+    "summarise",
+]
 
 BASE: Final = "base"
 EXPERTS: Final = "experts"
 """The systems that recovery is measured between; "experts" holds each expert on its own language and task."""
+SWITCHED: Final = "switched"
+"""The base with each expert's compact task vector in turn: like the experts a model for each language and task."""
+_SEVERAL_MODELS: Final = (EXPERTS, SWITCHED)
+_PEER: Final = "task_arithmetic"
 
 RESULT_COLUMNS: Final = (
     "system",
@@ -26,9 +50,12 @@ RESULT_COLUMNS: Final = (
     "task",
     "split",
     "metric",
+    "normaliser",
     "value",
     "low",
     "high",
+    "p_base",
+    "p_task_arithmetic",
     "signature",
     "utterances",
     "window",
@@ -36,6 +63,8 @@ RESULT_COLUMNS: Final = (
 _NEEDED: Final = ("id", "language", "task", "split", "speaker", "reference", "hypothesis", "window")
 _SPLITS: Final = ("train", "validation", "test")
 _LABELS: Final = {"wer": "WER", "cer": "CER", "bleu": "BLEU", "chrf": "chrF2"}
+_SCORES: Final = (*METRICS, "comet")
+_AS_WRITTEN: Final = "none"
 
 _Part = tuple[str, str, str]  # language, task, split
 
@@ -78,6 +107,47 @@ def _window(rows: pd.DataFrame) -> str:
     return shortest if shortest == longest else f"{shortest}-{longest}"
 
 
+def _optional(rows: pd.DataFrame, column: str) -> list[Any] | None:
+    """A column of texts where it is there and not null throughout."""
+    return _texts(rows, column) if column in rows.columns and rows[column].notna().any() else None
+
+
+def _comet(rows: pd.DataFrame, language: str) -> Statistics:
+    """COMET's mean, in percent, from the column that the scoring stage joined."""
+    scores = rows["comet"].to_numpy(np.float64)
+    known = ~np.isnan(scores)
+    sums = np.stack([np.where(known, scores, 0), known], axis=1)
+    signature = f"{rows['comet_signature'].dropna().iloc[0]}|lang:{language}"
+    return Statistics(sums, float(100 * np.nanmean(scores)), signature, percent)
+
+
+def _all_statistics(rows: pd.DataFrame, part: _Part, normaliser: str) -> dict[tuple[str, str], Statistics]:
+    """Every score and measure of one system on one part, by metric and normaliser, in the order of the rows."""
+    language, task, _ = part
+    references, hypotheses = _texts(rows, "reference"), _texts(rows, "hypothesis")
+    found: dict[tuple[str, str], Statistics] = {}
+    for form in dict.fromkeys((normaliser, "whisper_basic", _AS_WRITTEN)) if task == "transcribe" else (_AS_WRITTEN,):
+        for metric in METRICS_OF_TASK[task]:
+            found[metric, form] = statistics(metric, references, hypotheses, language, form)
+    if task == "translate" and "comet" in rows.columns and rows["comet"].notna().any():
+        found["comet", _AS_WRITTEN] = _comet(rows, language)
+    form = normaliser if task == "transcribe" else _AS_WRITTEN
+    measures = robustness(
+        references,
+        hypotheses,
+        language=language,
+        task=task,
+        normaliser=normaliser,
+        truncated=rows["truncated"].astype(bool).tolist() if "truncated" in rows.columns else [False] * len(rows),
+        spoken=_optional(rows, "spoken"),
+    )
+    found |= {(name, form): own for name, own in measures.items()}
+    free = _optional(rows, "free") if task == "transcribe" else None
+    if free is not None and None not in free:
+        found["free", form] = statistics(main_metric(task, language), references, free, language, normaliser)
+    return found
+
+
 def score_tables(
     tables: Mapping[str, pd.DataFrame],  # hypotheses by the system's name, all its languages, tasks and splits
     *,
@@ -85,57 +155,138 @@ def score_tables(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Score every system: one row (RESULT_COLUMNS) a system, language, task, split and metric; WER and CER to
-    transcribe, BLEU and chrF2 to translate.
+    """Score every system: one row (RESULT_COLUMNS) a system, language, task, split, metric and normaliser.
+
+    To transcribe: WER and CER with the normaliser, with `whisper_basic` and as written ("none"). To translate: BLEU,
+    chrF2 and, where the hypotheses have a column `comet`, its mean times 100. Then the measures of
+    `robustness.MEASURES`. low and high are the 95 % bootstrap interval, p_base and p_task_arithmetic the p-values of
+    the paired differences from those systems, NaN for the measures and for the systems themselves.
 
     Rows follow the systems as given, then the task (transcribe first), the language's code, the split (validation
-    before test), the metric.
+    before test), the normaliser (the given one first), the metric.
 
     Raises InputError where a column is missing, an id occurs twice, or two systems were given other utterances or other
     references for the same language, task and split: their scores would not compare.
     """
-    first: dict[_Part, tuple[str, list[Any]]] = {}
+    by_system = {system: _parts(system, table) for system, table in tables.items()}
+    _require_same_utterances(by_system)
+    order = {system: place for place, system in enumerate(tables)}
     records: list[tuple[object, ...]] = []
-    for system, table in tables.items():
-        for part, rows in _parts(system, table).items():
-            language, task, split = part
-            references = _texts(rows, "reference")
-            given = list(zip(rows["id"].tolist(), references, strict=True))
-            other, expected = first.setdefault(part, (system, given))
-            if given != expected:
-                raise InputError(
-                    f"{system!r} and {other!r} have different utterances or references for {language} {task} {split}; "
-                    "transcribe the same split with both."
-                )
-            for metric in METRICS_OF_TASK[task]:
-                result = score(
-                    metric,
-                    references,
-                    _texts(rows, "hypothesis"),
-                    language=language,
-                    normaliser=normaliser,
-                    speakers=_texts(rows, "speaker"),
-                    resamples=resamples,
-                    seed=seed,
-                )
-                numbers = (result.value, result.low, result.high, result.signature, result.utterances)
-                records.append((system, language, task, split, metric, *numbers, _window(rows)))
+    for part in sorted({part for parts in by_system.values() for part in parts}, key=_order):
+        language = part[0]
+        rows = {system: parts[part] for system, parts in by_system.items() if part in parts}
+        found = {system: _all_statistics(own, part, normaliser) for system, own in rows.items()}
+        blocks = Blocks(len(next(iter(rows.values()))), _texts(next(iter(rows.values())), "speaker"))
+        flat = [(system, *key) for system, own in found.items() for key in own]
+        own_statistics = [found[system][metric, form] for system, metric, form in flat]
+        draws = dict(zip(flat, resample(own_statistics, blocks, resamples, seed, language), strict=True))
+        for (system, metric, form), own in zip(flat, own_statistics, strict=True):
+            drawn = draws[system, metric, form]
+            others = [draws.get((other, metric, form)) for other in (BASE, _PEER)]
+            ps = [
+                p_value(drawn - other, blocks)
+                if other is not None and name != system and metric in _SCORES
+                else float("nan")
+                for name, other in zip((BASE, _PEER), others, strict=True)
+            ]
+            numbers = (own.value, *interval(drawn, blocks), *ps, full_signature(own, blocks, resamples, seed))
+            records.append((system, *part, metric, form, *numbers, len(own.rows), _window(rows[system])))
     if not records:
         raise InputError("There are no hypotheses to score; transcribe a split that is not empty.")
+    records.sort(key=lambda record: order[str(record[0])])
     return pd.DataFrame(records, columns=list(RESULT_COLUMNS))
 
 
-def _headline(results: pd.DataFrame) -> tuple[str, dict[tuple[str, str, str, str], float]]:
-    """The split that is summarised (test where there is one) and its values by system, language, task and metric."""
+def _require_same_utterances(by_system: Mapping[str, Mapping[_Part, pd.DataFrame]]) -> None:
+    first: dict[_Part, tuple[str, list[Any]]] = {}
+    for system, parts in by_system.items():
+        for part, rows in parts.items():
+            given = list(zip(rows["id"].tolist(), _texts(rows, "reference"), strict=True))
+            other, expected = first.setdefault(part, (system, given))
+            if given != expected:
+                raise InputError(
+                    f"{system!r} and {other!r} have different utterances or references for {' '.join(part)}; "
+                    "transcribe the same split with both."
+                )
+
+
+def _summarised(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the split that is summarised (test where there is one), in the run's own normaliser."""
     split = max(results["split"], key=_SPLITS.index)
     rows = results[results["split"] == split]
+    return rows.drop_duplicates(["system", "language", "task", "metric"])
+
+
+def main_rows(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `main_metric` on the split that is summarised, in the run's own normaliser."""
+    rows = _summarised(results)
+    wanted = [
+        metric == main_metric(task, language)
+        for language, task, metric in zip(rows["language"], rows["task"], rows["metric"], strict=True)
+    ]
+    return rows.loc[np.array(wanted)]
+
+
+_Values = dict[tuple[str, str, str, str], float]
+_Pair = tuple[str, str]
+
+
+def _headline(results: pd.DataFrame) -> tuple[str, _Values]:
+    """The split that is summarised and its values by system, language, task and metric."""
+    rows = _summarised(results)
     keys = zip(rows["system"], rows["language"], rows["task"], rows["metric"], strict=True)
-    return split, dict(zip(keys, rows["value"].astype(float), strict=True))
+    return str(rows["split"].iloc[0]), dict(zip(keys, rows["value"].astype(float), strict=True))
 
 
-def _pairs(values: Mapping[tuple[str, str, str, str], float]) -> list[tuple[str, str]]:
+def _pairs(values: _Values) -> list[_Pair]:
     """Every language and task that some system has, in the order of the rows."""
     return sorted({(language, task) for _, language, task, _ in values}, key=lambda pair: _order((*pair, "test")))
+
+
+class _Main:
+    """The main metric of one language and task: every system on the same resamples."""
+
+    def __init__(
+        self, pair: _Pair, rows: Mapping[str, pd.DataFrame], normaliser: str, resamples: int, seed: int
+    ) -> None:
+        language, task = pair
+        self.metric = main_metric(task, language)
+        first = next(iter(rows.values()))
+        self.blocks = Blocks(len(first), _texts(first, "speaker"))
+        found = {
+            name: statistics(self.metric, _texts(own, "reference"), _texts(own, "hypothesis"), language, normaliser)
+            for name, own in rows.items()
+        }
+        draws = resample(list(found.values()), self.blocks, resamples, seed, language)
+        self.draws = dict(zip(found, draws, strict=True))
+        self.values = {name: own.value for name, own in found.items()}
+
+    def gain(self, system: str, over: str) -> tuple[float, float]:
+        """The 95 % interval of how much better `system` is than `over`."""
+        sign = -1 if self.metric in LOWER_IS_BETTER else 1
+        return interval(sign * (self.draws[system] - self.draws[over]), self.blocks)
+
+    def best(self) -> str | None:
+        """The one model that is better than every other beyond the interval."""
+        rivals = [name for name in self.values if name not in _SEVERAL_MODELS]
+        for name in rivals if len(rivals) > 1 else []:
+            if all(self.gain(name, other)[0] > 0 for other in rivals if other != name):
+                return name
+        return None
+
+    def recovery(self, system: str) -> tuple[float | None, Array]:
+        """The value, and the resampled ones (s,), NaN where a resample's base and expert are equal."""
+        base, own, expert = (self.draws[name] for name in (BASE, system, EXPERTS))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn = np.where(base != expert, (base - own) / (base - expert), np.nan)
+        return recovery(*(self.values[name] for name in (BASE, system, EXPERTS))), drawn
+
+
+def _between(drawn: Array, blocks: Blocks) -> tuple[float | None, float | None]:
+    """The interval of resampled values, of which a few may be undefined; None where it is."""
+    known = drawn[~np.isnan(drawn)]
+    low, high = interval(known, blocks) if len(known) else (float("nan"), float("nan"))
+    return (None, None) if np.isnan(low) else (low, high)
 
 
 def summarise(
@@ -147,101 +298,155 @@ def summarise(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The means of every system over languages, on the test split (validation where there is no test), from the results
-    of `score_tables` on the same tables: `{"systems": {NAME: {"recovery", "ratio_to_expert", "wer", "cer", "bleu",
-    "chrf"}}, "recovery_left_out": ["de transcribe"]}`; with guard languages, which have no part in these, also
-    `{"guard": {"languages": [..], "systems": {NAME: {"wer", .., "forgotten": ["it transcribe"]}}}}`, where forgotten is
-    what a system does worse than the base beyond the interval.
+    """What the results of `score_tables` on the same tables come to, on the test split (validation where there is no
+    test):
 
-    recovery and ratio_to_expert average the languages and tasks by their `main_metric`; recovery leaves out, for every
-    system, those where the expert is not better than the base beyond the interval. "wer" leaves out UNSPACED languages.
-    A system that lacks a part of a mean has None there, as all have without the system "base" or "experts".
+    - `systems`: for each its `recovery` with `recovery_low` and `recovery_high` (the 95 % bootstrap interval),
+      `recovery_by_task`, the `worst` language and task, `ratio_to_expert`, `relative_to_base`, and its mean scores;
+    - `recovery_of`: the recovery of each system on each language and task, with its interval;
+    - `recovery_left_out`: where the expert is not better than the base beyond the interval, so that there is nothing
+      to recover; they are left out of every system's mean;
+    - `best`: on each language and task the system that is better than every other beyond the paired interval, if one
+      is; "experts" and "switched", which hold a model for each, are no rivals;
+    - `robustness`: each system's mean measures over the languages and tasks;
+    - `guard`, where there are guard languages, which have no part in the above: their means, and what each system
+      does worse than the base beyond the interval (`forgotten`).
+
+    The means are over languages and tasks by their `main_metric`; "wer" leaves out UNSPACED languages. A system that
+    lacks a part of a mean has None there, as all have without the system "base" or "experts".
     """
     split, values = _headline(results)
-    watched = [pair for pair in _pairs(values) if pair[0] in guard]
-    pairs = [pair for pair in _pairs(values) if pair not in watched]
+    names = list(dict.fromkeys(results["system"]))
     parts = {name: _parts(name, table) for name, table in tables.items()}
+    mains = {
+        pair: _Main(
+            pair,
+            {name: own[*pair, split] for name, own in parts.items() if (*pair, split) in own},
+            normaliser,
+            resamples,
+            seed,
+        )
+        for pair in _pairs(values)
+    }
+    watched = [pair for pair in mains if pair[0] in guard]
+    pairs = [pair for pair in mains if pair not in watched]
+    comparable = [pair for pair in pairs if {BASE, EXPERTS} <= mains[pair].values.keys()]
+    defined = [pair for pair in comparable if mains[pair].gain(EXPERTS, BASE)[0] > 0]
+    summary: dict[str, Any] = {
+        "split": split,
+        "normaliser": normaliser,
+        "systems": {
+            name: _recovery_of_system(name, {pair: mains[pair] for pair in defined})
+            | _relative(name, {pair: mains[pair] for pair in pairs})
+            | _means(name, pairs, values)
+            for name in names
+        },
+        "recovery_of": {name: _recovery_of_pairs(name, {pair: mains[pair] for pair in defined}) for name in names},
+        "recovery_left_out": [" ".join(pair) for pair in comparable if pair not in defined],
+        "best": {" ".join(pair): mains[pair].best() for pair in mains},
+        "robustness": {name: _robustness(name, pairs, values) for name in names},
+    }
+    if watched:
+        seen = [name for name in names if all(name in mains[pair].values for pair in watched)]
+        summary["guard"] = {
+            "languages": list(dict.fromkeys(language for language, _ in watched)),
+            "systems": {
+                name: _means(name, watched, values) | {"forgotten": _forgotten(name, watched, mains)} for name in seen
+            },
+        }
+    return summary
 
-    def changed(system: str, language: str, task: str, *, better: bool) -> bool:
-        """Whether a system is better, or worse, than the base beyond the interval."""
-        metric = main_metric(task, language)
-        before, after = (values[name, language, task, metric] for name in (BASE, system))
-        if ((after < before) == (metric in LOWER_IS_BETTER)) != better or after == before:
-            return False
-        base, own = (parts[name][language, task, split] for name in (BASE, system))
-        return differs(
-            metric,
-            _texts(base, "reference"),
-            _texts(base, "hypothesis"),
-            _texts(own, "hypothesis"),
-            language=language,
-            normaliser=normaliser,
-            speakers=_texts(base, "speaker"),
-            resamples=resamples,
-            seed=seed,
+
+def _recovery_of_system(name: str, mains: Mapping[_Pair, _Main]) -> dict[str, Any]:
+    """Its recovery over all of `mains`, by task, and where it is least."""
+    found = {pair: main.recovery(name) for pair, main in mains.items() if name in main.values}
+    singles = {pair: found[pair][0] if pair in found else None for pair in mains}
+    mean = complete_mean(singles.values())
+    low, high = None, None
+    if mean is not None:
+        blocks = min((main.blocks for main in mains.values()), key=lambda blocks: blocks.count)
+        low, high = _between(np.mean([drawn for _, drawn in found.values()], axis=0), blocks)
+    worst = min(singles, key=lambda pair: singles[pair] or 0.0) if mean is not None else None
+    return {
+        "recovery": mean,
+        "recovery_low": low,
+        "recovery_high": high,
+        "recovery_by_task": {
+            task: complete_mean(value for pair, value in singles.items() if pair[1] == task) for task in METRICS_OF_TASK
+        },
+        "worst": None if worst is None else {"recovery": singles[worst], "of": " ".join(worst)},
+    }
+
+
+def _recovery_of_pairs(name: str, mains: Mapping[_Pair, _Main]) -> dict[str, Any]:
+    made = {}
+    for pair, main in mains.items():
+        if name in main.values:
+            value, drawn = main.recovery(name)
+            low, high = _between(drawn, main.blocks)
+            made[" ".join(pair)] = {"value": value, "low": low, "high": high}
+    return made
+
+
+def _relative(name: str, mains: Mapping[_Pair, _Main]) -> dict[str, float | None]:
+    """Its mean scores beside the expert's and the base's, where those are there."""
+
+    def mean(other: str, compare: Any) -> float | None:
+        return complete_mean(
+            compare(main.metric, main.values[name], main.values[other]) if name in main.values else None
+            for main in mains.values()
+            if other in main.values
         )
 
-    def value(system: str, language: str, task: str, metric: str | None = None) -> float | None:
-        return values.get((system, language, task, metric or main_metric(task, language)))
+    return {"ratio_to_expert": mean(EXPERTS, ratio_to_expert), "relative_to_base": mean(BASE, relative_to_base)}
 
-    comparable = [pair for pair in pairs if all((*pair, split) in parts.get(name, {}) for name in (BASE, EXPERTS))]
-    defined = [pair for pair in comparable if changed(EXPERTS, *pair, better=True)]
 
-    def relative(system: str) -> dict[str, float | None]:
-        recoveries: list[float | None] = []
-        for pair in defined:
-            base, own, expert = (value(name, *pair) for name in (BASE, system, EXPERTS))
-            recoveries.append(None if base is None or own is None or expert is None else recovery(base, own, expert))
-        ratios: list[float | None] = []
-        for pair in pairs:
-            own, expert = value(system, *pair), value(EXPERTS, *pair)
-            if expert is not None:
-                ratios.append(None if own is None else ratio_to_expert(main_metric(pair[1], pair[0]), own, expert))
-        return {"recovery": complete_mean(recoveries), "ratio_to_expert": complete_mean(ratios)}
+def _means(name: str, over: Sequence[_Pair], values: _Values) -> dict[str, float | None]:
+    of_task = {metric: task for task, metrics in METRICS_OF_TASK.items() for metric in metrics} | {"comet": "translate"}
+    return {
+        metric: complete_mean(
+            values.get((name, language, task, metric))
+            for language, task in over
+            if task == of_task[metric] and not (metric == "wer" and is_unspaced(language))
+        )
+        for metric in _SCORES
+    }
 
-    def means(system: str, over: Sequence[tuple[str, str]]) -> dict[str, Any]:
-        return {
-            metric: complete_mean(
-                value(system, language, task, metric)
-                for language, task in over
-                if metric in METRICS_OF_TASK[task] and not (metric == "wer" and is_unspaced(language))
-            )
-            for metric in METRICS
-        }
 
-    names = list(dict.fromkeys(results["system"]))
-    left_out = [" ".join(pair) for pair in comparable if pair not in defined]
-    summary = {"systems": {name: relative(name) | means(name, pairs) for name in names}, "recovery_left_out": left_out}
-    if watched:
-        seen = [name for name in names if all((*pair, split) in parts[name] for pair in watched)]
-        forgotten = {
-            name: [" ".join(pair) for pair in watched if BASE in seen and changed(name, *pair, better=False)]
-            for name in seen
-        }
-        guarded = {name: means(name, watched) | {"forgotten": forgotten[name]} for name in seen}
-        summary["guard"] = {"languages": list(dict.fromkeys(language for language, _ in watched)), "systems": guarded}
-    return summary
+def _robustness(name: str, over: Sequence[_Pair], values: _Values) -> dict[str, float | None]:
+    measured = {(language, task, metric) for _, language, task, metric in values}
+    return {
+        measure: complete_mean(values.get((name, *pair, measure)) for pair in over if (*pair, measure) in measured)
+        for measure in MEASURES
+    }
+
+
+def _forgotten(name: str, watched: Sequence[_Pair], mains: Mapping[_Pair, _Main]) -> list[str]:
+    if name == BASE:
+        return []
+    return [" ".join(pair) for pair in watched if BASE in mains[pair].values and mains[pair].gain(name, BASE)[1] < 0]
 
 
 @dataclass(frozen=True, slots=True)
 class _Column:
     header: str
-    values: dict[str, float | None]
-    lower_is_better: bool
-    digits: int = 1
+    cells: dict[str, str]
 
-    def cells(self) -> dict[str, tuple[str, bool]]:
-        """By system: what to print, and whether it is the best of those that are not the experts."""
-        texts = {name: "-" if value is None else f"{value:.{self.digits}f}" for name, value in self.values.items()}
-        rivals = [value for name, value in self.values.items() if value is not None and name != EXPERTS]
-        best = f"{(min if self.lower_is_better else max)(rivals):.{self.digits}f}" if rivals else None
-        return {name: (text, text == best and name != EXPERTS) for name, text in texts.items()}
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _recovery_cell(own: Mapping[str, Any]) -> str:
+    text = _number(own["recovery"], 2)
+    low, high = own["recovery_low"], own["recovery_high"]
+    return text if low is None or low == high else f"{text} [{low:.2f}, {high:.2f}]"
 
 
 def _columns(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[_Column]:
     """The main metric of each language and its mean, task by task, then recovery, then the guard languages."""
     _, values = _headline(results)
-    names: list[str] = list(summary["systems"])
+    systems: Mapping[str, Any] = summary["systems"]
     guard = summary.get("guard", {"languages": [], "systems": {}})
 
     def metrics_of(task: str, *, guarded: bool) -> dict[str, str]:
@@ -250,20 +455,20 @@ def _columns(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[_Column]
             language: main_metric(task, language) for language in spoken if (language in guard["languages"]) == guarded
         }
 
-    def mean(key: str, header: str, digits: int = 1) -> _Column:
-        means = {name: summary["systems"][name][key] for name in names}
-        return _Column(header, means, key in LOWER_IS_BETTER, digits)
-
     def single(language: str, task: str, metric: str, header: str) -> _Column:
-        own = {name: values.get((name, language, task, metric)) for name in names}
-        return _Column(header, own, metric in LOWER_IS_BETTER)
+        best = summary["best"].get(f"{language} {task}")
+        own = {name: _number(values.get((name, language, task, metric))) for name in systems}
+        return _Column(header, {name: f"**{text}**" if name == best else text for name, text in own.items()})
 
     columns: list[_Column] = []
     for task in METRICS_OF_TASK:
         metrics = metrics_of(task, guarded=False)
         columns += [single(code, task, metric, f"{code} {_LABELS[metric]}") for code, metric in metrics.items()]
-        columns += [mean(metric, f"mean {_LABELS[metric]}") for metric in METRICS if metric in metrics.values()]
-    columns.append(mean("recovery", "recovery", 2))
+        for metric in METRICS:
+            if metric in metrics.values():
+                means = {name: _number(own[metric]) for name, own in systems.items()}
+                columns.append(_Column(f"mean {_LABELS[metric]}", means))
+    columns.append(_Column("recovery", {name: _recovery_cell(own) for name, own in systems.items()}))
     for task in METRICS_OF_TASK:
         for code, metric in metrics_of(task, guarded=True).items():
             columns.append(single(code, task, metric, f"guard {code} {_LABELS[metric]}"))
@@ -273,9 +478,11 @@ def _columns(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[_Column]
 def _notes(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
     """What the numbers need beside them: the split, the windows, the signatures (without their language)."""
     split, values = _headline(results)
-    rows = results[results["split"] == split]
+    rows = main_rows(results)
     windows = list(dict.fromkeys(rows["window"]))
     notes = [f"Split {split}, encoder window {', '.join(windows)} s, rates in percent."]
+    if any(summary["best"].values()):
+        notes.append("Bold: better than every other single model beyond the paired 95 % bootstrap interval.")
     if rows.groupby(["language", "task"])["window"].nunique().max() > 1:
         notes.append("The systems were not all given the same window, so their scores do not compare strictly.")
     if summary["recovery_left_out"]:
@@ -300,15 +507,28 @@ def _notes(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def markdown_table(results: pd.DataFrame, summary: Mapping[str, Any]) -> str:
-    """One row a system: its main metric by language, their means, recovery; the best but for the experts in bold.
+def _markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
-    Below the table: the split, the windows and the signatures. Intervals are in the results.
+
+def markdown_table(results: pd.DataFrame, summary: Mapping[str, Any]) -> str:
+    """One row a system: its main metric by language, their means, recovery with its 95 % interval.
+
+    In bold what `summary["best"]` names. Below the table: the split, the windows and the signatures. The intervals of
+    the scores are in the results.
     """
     columns = _columns(results, summary)
     lines = [["system", *(column.header for column in columns)], ["---", *("---:" for _ in columns)]]
-    cells = [column.cells() for column in columns]
-    for name in columns[0].values:
-        lines.append([name, *(f"**{text}**" if best else text for text, best in (cell[name] for cell in cells))])
-    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([*table, "", *(f"- {note}" for note in _notes(results, summary))]) + "\n"
+    lines += [[name, *(column.cells[name] for column in columns)] for name in summary["systems"]]
+    return "\n".join([*_markdown(lines), "", *(f"- {note}" for note in _notes(results, summary))]) + "\n"
+
+
+def robustness_table(results: pd.DataFrame, summary: Mapping[str, Any]) -> str:
+    """One row a system: its mean robustness measures, in percent, lower is better; below the table what each counts."""
+    measured = set(results["metric"])
+    shown = [measure for measure in MEASURES if measure in measured]
+    lines = [["system", *(name.replace("_", " ") for name in shown)], ["---", *("---:" for _ in shown)]]
+    lines += [[name, *(_number(own[measure]) for measure in shown)] for name, own in summary["robustness"].items()]
+    return (
+        "\n".join([*_markdown(lines), "", *(f"- {name.replace('_', ' ')}: {MEASURES[name]}" for name in shown)]) + "\n"
+    )

@@ -12,9 +12,11 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sacrebleu.significance import PairedTest
 
 from lors.errors import InputError
-from lors.scoring.metrics import METRICS, _bleu, _chrf, _error_rate, differs, main_metric, score
+from lors.scoring.bootstrap import percent
+from lors.scoring.metrics import METRICS, _bleu, _chrf, difference, differs, main_metric, score
 from lors.scoring.normalise import normalise
 
 WORDS = ("el", "gat", "negre", "dorm", "a", "casa", "seva", "Avui", "plou", "molt,", "demà", "no.")
@@ -44,7 +46,7 @@ def test_wer_and_cer_by_hand() -> None:
 
 
 @pytest.mark.parametrize("normaliser", ["lors", "whisper_basic", "none"])
-def test_error_rates_equal_jiwer(normaliser: str) -> None:
+def testpercents_equal_jiwer(normaliser: str) -> None:
     references, hypotheses = corpus(60, 0.3)
     clean = [[normalise(text, "ca", normaliser) for text in texts] for texts in (references, hypotheses)]
     wer = score("wer", references, hypotheses, language="ca", normaliser=normaliser)
@@ -79,7 +81,7 @@ def test_the_vectorised_scores_equal_the_libraries(pairs: list[tuple[str, str]])
     words = jiwer.process_words(references, hypotheses)
     edits = words.substitutions + words.deletions + words.insertions
     length = words.hits + words.substitutions + words.deletions
-    assert _error_rate(np.array([[edits, length]], dtype=float)) == pytest.approx(100 * words.wer)
+    assert percent(np.array([[edits, length]], dtype=float)) == pytest.approx(100 * words.wer)
     assert score("wer", references, hypotheses, language="es", resamples=10).value == pytest.approx(100 * words.wer)
 
 
@@ -174,6 +176,33 @@ def test_input_errors_name_the_cause() -> None:
         score("wer", ["a"], ["a"], language="es", resamples=0)
 
 
+@pytest.mark.parametrize("metric", ["bleu", "chrf"])
+def test_p_values_are_near_sacrebleu_s(metric: str) -> None:
+    """sacrebleu centres the resampled differences where this counts those beyond 0; on a fair sample they are close."""
+    references, worse = corpus(150, 0.3)
+    for better in (corpus(150, 0.27, seed=1)[1], corpus(150, 0.2, seed=2)[1]):
+        own = difference(metric, references, better, worse, language="ca", resamples=2000)
+        scorer = (
+            sacrebleu.BLEU(references=[references]) if metric == "bleu" else sacrebleu.CHRF(references=[references])
+        )
+        test = PairedTest([("a", worse), ("b", better)], {metric: scorer}, None, test_type="bs", n_samples=2000)
+        result = next(found for name, found in test()[1].items() if name != "System")[1]
+        assert own.p == pytest.approx(result.p_value, abs=0.04)
+        assert own.value == pytest.approx(result.score - score(metric, references, worse, language="ca").value)
+
+
+@given(st.integers(0, 30), st.sampled_from(METRICS))
+@settings(max_examples=20)
+def test_a_difference_has_a_mirror_image_and_none_to_itself(seed: int, metric: str) -> None:
+    references, a = corpus(25, 0.3, seed=seed)
+    b = corpus(25, 0.2, seed=seed + 1)[1]
+    there, back = (difference(metric, references, *pair, language="ca", resamples=60) for pair in ((a, b), (b, a)))
+    assert (there.value, there.p) == (-back.value, back.p)
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+    same = difference(metric, references, a, list(a), language="ca", resamples=60)
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_differs_needs_more_than_noise(metric: str) -> None:
     references, a = corpus(150, 0.3)
@@ -231,5 +260,5 @@ def test_many_utterances_are_resampled_in_pieces(monkeypatch: pytest.MonkeyPatch
     """The bound on memory does not change the draws."""
     references, hypotheses = corpus(40, 0.3)
     whole = score("wer", references, hypotheses, language="ca")
-    monkeypatch.setattr("lors.scoring.metrics._DRAWS_AT_ONCE", 130)
+    monkeypatch.setattr("lors.scoring.bootstrap._DRAWS_AT_ONCE", 130)
     assert score("wer", references, hypotheses, language="ca") == whole

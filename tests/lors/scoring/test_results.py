@@ -9,8 +9,15 @@ import pandas as pd
 import pytest
 
 from lors.errors import InputError
-from lors.scoring.metrics import score
-from lors.scoring.results import RESULT_COLUMNS, markdown_table, score_tables, summarise
+from lors.scoring.metrics import METRICS, difference, score
+from lors.scoring.results import (
+    RESULT_COLUMNS,
+    main_rows,
+    markdown_table,
+    robustness_table,
+    score_tables,
+    summarise,
+)
 
 WORDS = ("uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho")
 Part = tuple[str, str]
@@ -68,6 +75,7 @@ def value(results: pd.DataFrame, system: str, part: Part, metric: str) -> float:
         & (results["language"] == part[0])
         & (results["task"] == part[1])
         & (results["metric"] == metric)
+        & (results["normaliser"] == ("none" if part[1] == "translate" else "lors"))
     ]
     assert len(rows) == 1
     return float(rows["value"].iloc[0])
@@ -75,15 +83,27 @@ def value(results: pd.DataFrame, system: str, part: Part, metric: str) -> float:
 
 def test_rows_are_tidy_ordered_and_equal_to_score(tables: dict[str, pd.DataFrame], results: pd.DataFrame) -> None:
     assert tuple(results.columns) == RESULT_COLUMNS
-    keys = list(results[["system", "task", "language", "metric"]].itertuples(index=False, name=None))
-    parts = [("transcribe", "es", m) for m in ("wer", "cer")] + [("transcribe", "fr", m) for m in ("wer", "cer")]
-    parts += [("translate", "es", m) for m in ("bleu", "chrf")]
+    scored = results[results["metric"].isin(METRICS)]
+    keys = list(scored[["system", "task", "language", "normaliser", "metric"]].itertuples(index=False, name=None))
+    forms = ("lors", "whisper_basic", "none")
+    parts = [("transcribe", code, form, m) for code in ("es", "fr") for form in forms for m in ("wer", "cer")]
+    parts += [("translate", "es", "none", m) for m in ("bleu", "chrf")]
     assert keys == [(system, *part) for system in tables for part in parts]
+    measured = results[
+        (results["system"] == "lors") & (results["language"] == "fr") & ~results.index.isin(scored.index)
+    ]
+    assert list(measured["metric"]) == ["insertions", "long", "compressible", "repeats", "empty", "truncated"]
+    assert measured["p_base"].isna().all()
     rows = tables["lors"][(tables["lors"]["language"] == "es") & (tables["lors"]["task"] == "transcribe")]
     expected = score("wer", list(rows["reference"]), list(rows["hypothesis"]), language="es")
-    row = results[(results["system"] == "lors") & (results["metric"] == "wer") & (results["language"] == "es")].iloc[0]
+    row = scored[(scored["system"] == "lors") & (scored["metric"] == "wer") & (scored["language"] == "es")].iloc[0]
     assert (row["value"], row["low"], row["high"]) == (expected.value, expected.low, expected.high)
     assert (row["signature"], row["utterances"], row["window"]) == (expected.signature, 40, "7.0")
+    base = tables["base"][(tables["base"]["language"] == "es") & (tables["base"]["task"] == "transcribe")]
+    texts = [list(rows["reference"]), list(rows["hypothesis"]), list(base["hypothesis"])]
+    assert row["p_base"] == difference("wer", *texts, language="es").p < 0.01
+    assert np.isnan(row["p_task_arithmetic"])  # there is no such system here
+    assert results[results["system"] == "base"]["p_base"].isna().all()
 
 
 def test_the_order_of_utterances_and_languages_in_a_table_does_not_matter(
@@ -127,6 +147,7 @@ def test_summary_without_a_reference_system_or_a_language(tables: dict[str, pd.D
     assert summary["systems"]["lors"]["wer"] is not None
     partial = dict(tables, lors=tables["lors"][tables["lors"]["language"] == "fr"])
     lacking = summarise(score_tables(partial), partial)["systems"]["lors"]
+    assert lacking.pop("recovery_by_task") == {"transcribe": None, "translate": None}
     assert set(lacking.values()) == {None}  # no mean over French alone beside means over both
 
 
@@ -134,7 +155,7 @@ def test_the_test_split_is_the_one_that_is_summarised(tables: dict[str, pd.DataF
     validation = table({ES: 0.9, FR: 0.9, ES_EN: 0.9}, split="validation")
     both = {name: pd.concat([validation, rows]) for name, rows in tables.items()}
     results = score_tables(both)
-    assert list(results["split"].iloc[:4]) == ["validation", "validation", "test", "test"]
+    assert list(dict.fromkeys(results["split"])) == ["validation", "test"]
     assert summarise(results, both) == summarise(score_tables(tables), tables)
     only = {"base": validation}
     assert summarise(score_tables(only), only)["systems"]["base"]["wer"] > 80
@@ -162,8 +183,12 @@ def test_markdown_marks_the_best_that_is_not_an_expert(tables: dict[str, pd.Data
     assert list(rows) == list(tables)
     assert rows["lors"][0] == f"**{value(results, 'lors', ES, 'wer'):.1f}**"
     assert rows["experts"][0] == f"{value(results, 'experts', ES, 'wer'):.1f}"
-    assert all(cell.startswith("**") for cell in rows["lors"])
+    assert [cell.startswith("**") for cell in rows["lors"]] == [True, False, False, True, False, False]
     assert rows["base"][-1] == "0.00"
+    recovery = summarise(results, tables)["systems"]["lors"]
+    assert rows["lors"][-1] == (
+        f"{recovery['recovery']:.2f} [{recovery['recovery_low']:.2f}, {recovery['recovery_high']:.2f}]"
+    )
     assert "jiwer:4" in text
     assert "BLEU|nrefs:1" in text
     assert "fr transcribe" in text
@@ -221,10 +246,79 @@ def test_guard_languages_show_forgetting_and_have_no_part_in_the_means(tables: d
         "lors": ["it transcribe"],
         "average": [],
     }
-    expected = results[(results.system == "lors") & (results.language == "it") & (results.metric == "wer")].value.item()
+    expected = results[(results.system == "lors") & (results.language == "it") & (results.metric == "wer")].value.iloc[
+        0
+    ]
     assert summary["guard"]["systems"]["lors"]["wer"] == pytest.approx(expected)
     shown = markdown_table(results, summary)
     assert shown.splitlines()[0].endswith("| recovery | guard it WER | guard de BLEU |")
     assert "worse there than the base beyond the 95 % interval: lors (it transcribe)." in shown
     assert "guard" not in plain
     assert "guard" not in markdown_table(score_tables(tables), plain)
+
+
+def test_recovery_has_an_interval_a_worst_language_and_parts(
+    tables: dict[str, pd.DataFrame], results: pd.DataFrame
+) -> None:
+    summary = summarise(results, tables)
+    for name, expected in (("base", 0), ("experts", 1)):
+        own = summary["systems"][name]
+        assert (own["recovery"], own["recovery_low"], own["recovery_high"]) == (expected, expected, expected)
+    lors, each = summary["systems"]["lors"], summary["recovery_of"]["lors"]
+    assert set(each) == {"es transcribe", "es translate"}
+    for found in each.values():
+        assert found["low"] < found["value"] < found["high"]
+    assert lors["recovery_low"] < lors["recovery"] < lors["recovery_high"]
+    assert lors["recovery_by_task"] == {
+        "transcribe": each["es transcribe"]["value"],
+        "translate": each["es translate"]["value"],
+    }
+    worst = min(each, key=lambda pair: each[pair]["value"])
+    assert lors["worst"] == {"recovery": each[worst]["value"], "of": worst}
+    assert summary["systems"]["base"]["relative_to_base"] == 0 < lors["relative_to_base"]
+
+
+def test_the_best_is_named_only_beyond_the_paired_interval(tables: dict[str, pd.DataFrame]) -> None:
+    assert summarise(score_tables(tables), tables)["best"] == {
+        "es transcribe": "lors",
+        "fr transcribe": None,  # ahead, but not beyond the interval
+        "es translate": "lors",
+    }
+    twins = dict(tables, twin=tables["lors"])
+    assert set(summarise(score_tables(twins), twins)["best"].values()) == {None}
+    alone = {"base": tables["base"], "experts": tables["experts"]}
+    assert set(summarise(score_tables(alone), alone)["best"].values()) == {None}
+
+
+def test_optional_columns_make_optional_rows(tables: dict[str, pd.DataFrame]) -> None:
+    def known(rows: pd.DataFrame) -> pd.DataFrame:
+        translated = rows["task"] == "translate"
+        return rows.assign(
+            spoken="es",
+            free=rows["hypothesis"].where(~translated, None),
+            comet=np.where(translated, 0.8, np.nan),
+            comet_signature="COMET|made-up",
+        )
+
+    own = {name: known(rows) for name, rows in tables.items()}
+    results = score_tables(own)
+    summary = summarise(results, own)
+    assert value(results, "lors", ES_EN, "comet") == pytest.approx(80)
+    assert summary["systems"]["lors"]["comet"] == pytest.approx(80)
+    assert results[results["metric"] == "comet"]["signature"].str.startswith("COMET|made-up|lang:es").all()
+    assert summary["robustness"]["lors"]["wrong_language"] == pytest.approx(100 / 3)  # all of the French
+    assert value(results, "lors", FR, "free") == value(results, "lors", FR, "wer")
+    shown = robustness_table(results, summary)
+    assert "| wrong language | free |" in shown.splitlines()[0]
+    plain = summarise(score_tables(tables), tables)
+    assert plain["robustness"]["lors"]["free"] is None
+    assert plain["systems"]["lors"]["comet"] is None
+
+
+def test_the_main_rows_are_one_a_system_language_and_task(results: pd.DataFrame) -> None:
+    rows = main_rows(results)
+    assert len(rows) == 4 * 3
+    assert set(zip(rows["task"], rows["metric"], rows["normaliser"], strict=True)) == {
+        ("transcribe", "wer", "lors"),
+        ("translate", "bleu", "none"),
+    }
