@@ -85,18 +85,22 @@ def resample(systems: Sequence[Statistics], blocks: Blocks, resamples: int, seed
 
 
 def interval(values: Array, blocks: Blocks) -> tuple[float, float]:
-    """The 95 % percentile interval of resampled values (s,); NaN where there are fewer than two blocks to resample."""
-    if blocks.count < 2:
+    """The 95 % percentile interval of resampled values (s,), leaving out undefined ones (NaN); NaN where all are, or
+    where there are fewer than two blocks to resample.
+    """
+    known = values[~np.isnan(values)]
+    if blocks.count < 2 or not len(known):
         return float("nan"), float("nan")
-    low, high = np.quantile(values, [0.025, 0.975])
+    low, high = np.quantile(known, [0.025, 0.975])
     return float(low), float(high)
 
 
 def p_value(differences: Array, blocks: Blocks) -> float:
     """Two-sided, of no difference: twice the share of resampled differences (s,) on the rarer side of 0, with one more
-    on each side (Davison and Hinkley 1997, section 4.2.5); NaN where there are fewer than two blocks.
+    on each side (Davison and Hinkley 1997, section 4.2.5). Undefined ones and NaN as in `interval`.
     """
-    if blocks.count < 2:
+    known = differences[~np.isnan(differences)]
+    if blocks.count < 2 or not len(known):
         return float("nan")
-    rarer = min((differences <= 0).sum(), (differences >= 0).sum())
-    return float(min(1.0, 2 * (rarer + 1) / (len(differences) + 1)))
+    rarer = min((known <= 0).sum(), (known >= 0).sum())
+    return float(min(1.0, 2 * (rarer + 1) / (len(known) + 1)))

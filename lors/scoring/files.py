@@ -16,7 +16,12 @@ _NEEDED: Final = ("system", "language", "task", "metric", "value")
 
 
 def write_results(frame: pd.DataFrame, folder: Path) -> None:
-    """Write results.csv, results.parquet and results.json (a list of records) into a folder that is there."""
+    """Write results.csv, results.parquet and results.json (a list of records) into a folder that is there.
+
+    A sweep's column of numbers and texts, such as a window of 7.0 or "auto", is written as texts.
+    """
+    mixed = [name for name in frame if pd.api.types.infer_dtype(frame[name]).startswith("mixed")]
+    frame = frame.astype(dict.fromkeys(mixed, str))
     frame.to_csv(folder / f"{_NAME}.csv", index=False)
     frame.to_parquet(folder / f"{_NAME}.parquet", index=False)
     frame.to_json(folder / f"{_NAME}.json", orient="records", indent=1, force_ascii=False, double_precision=15)
@@ -47,13 +52,19 @@ def load_results(path: str | Path) -> pd.DataFrame:
     return frame
 
 
+# A system may be named "1000", as a checkpoint's folder is.
+_TEXTS: Final = dict.fromkeys(
+    ("system", "language", "task", "split", "metric", "normaliser", "signature", "window"), str
+)
+
+
 def _csv(file: Path) -> pd.DataFrame:
     # "None" and "NA" are names that a normaliser or a model may have; only an empty cell is missing.
-    return pd.read_csv(file, keep_default_na=False, na_values=[""], dtype={"window": str})
+    return pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=_TEXTS)
 
 
 def _json(file: Path) -> pd.DataFrame:
-    return pd.read_json(file, orient="records", dtype={"window": str}, convert_dates=False, precise_float=True)
+    return pd.read_json(file, orient="records", dtype=_TEXTS, convert_dates=False, precise_float=True)
 
 
 _READERS: Final[dict[str, Any]] = {".parquet": pd.read_parquet, ".csv": _csv, ".json": _json}

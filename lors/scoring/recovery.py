@@ -12,13 +12,12 @@ from lors.scoring.metrics import LOWER_IS_BETTER
 __all__ = ["complete_mean", "ratio_to_expert", "recovery", "relative_to_base"]
 
 
-def recovery(base: float, system: float, expert: float, *, defined: bool = True) -> float | None:
+def recovery(base: float, system: float, expert: float) -> float | None:
     """(base - system) / (base - expert): 0 is the base, 1 the expert, above 1 beyond it, below 0 worse than the base.
 
-    One formula for error rates and for BLEU, since the sign cancels. `defined` is what `metrics.differs` says of the
-    base and the expert; where they do not differ, or score the same, the result is None.
+    One formula for error rates and for BLEU, since the sign cancels. None where base and expert score the same.
     """
-    return (base - system) / (base - expert) if defined and base != expert else None
+    return (base - system) / (base - expert) + 0.0 if base != expert else None  # + 0.0, since -0.0 is shown as "-0.00"
 
 
 def ratio_to_expert(metric: str, system: float, expert: float) -> float | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
 from lors.errors import InputError
-from lors.scoring.bootstrap import Array, Blocks, Statistics, interval, p_value, percent, resample
+from lors.scoring.bootstrap import Array, Blocks, Statistics, interval, p_value, resample
 from lors.scoring.metrics import (
     LOWER_IS_BETTER,
     METRICS,
@@ -65,6 +65,7 @@ _SPLITS: Final = ("train", "validation", "test")
 _LABELS: Final = {"wer": "WER", "cer": "CER", "bleu": "BLEU", "chrf": "chrF2"}
 _SCORES: Final = (*METRICS, "comet")
 _AS_WRITTEN: Final = "none"
+_SCORE_OF: Final = ("system", "language", "task", "metric")
 
 _Part = tuple[str, str, str]  # language, task, split
 
@@ -112,13 +113,19 @@ def _optional(rows: pd.DataFrame, column: str) -> list[Any] | None:
     return _texts(rows, column) if column in rows.columns and rows[column].notna().any() else None
 
 
+def _mean(sums: Array) -> Array:
+    """(s, 2) sums and counts to means times 100, NaN where nothing was counted."""
+    with np.errstate(invalid="ignore"):
+        return 100 * sums[:, 0] / sums[:, 1]
+
+
 def _comet(rows: pd.DataFrame, language: str) -> Statistics:
-    """COMET's mean, in percent, from the column that the scoring stage joined."""
+    """COMET's mean, times 100, over the utterances that have one in the column that the scoring stage joined."""
     scores = rows["comet"].to_numpy(np.float64)
     known = ~np.isnan(scores)
     sums = np.stack([np.where(known, scores, 0), known], axis=1)
-    signature = f"{rows['comet_signature'].dropna().iloc[0]}|lang:{language}"
-    return Statistics(sums, float(100 * np.nanmean(scores)), signature, percent)
+    model = next(iter(_optional(rows.loc[known], "comet_signature") or ["COMET"]))
+    return Statistics(sums, float(100 * np.nanmean(scores)), f"{model}|lang:{language}", _mean)
 
 
 def _all_statistics(rows: pd.DataFrame, part: _Part, normaliser: str) -> dict[tuple[str, str], Statistics]:
@@ -144,7 +151,9 @@ def _all_statistics(rows: pd.DataFrame, part: _Part, normaliser: str) -> dict[tu
     found |= {(name, form): own for name, own in measures.items()}
     free = _optional(rows, "free") if task == "transcribe" else None
     if free is not None and None not in free:
-        found["free", form] = statistics(main_metric(task, language), references, free, language, normaliser)
+        metric = main_metric(task, language)
+        own = statistics(metric, references, free, language, normaliser)
+        found["free", form] = replace(own, signature=f"{metric}|{own.signature}")
     return found
 
 
@@ -190,7 +199,8 @@ def score_tables(
                 for name, other in zip((BASE, _PEER), others, strict=True)
             ]
             numbers = (own.value, *interval(drawn, blocks), *ps, full_signature(own, blocks, resamples, seed))
-            records.append((system, *part, metric, form, *numbers, len(own.rows), _window(rows[system])))
+            scored = int(own.rows[:, 1].sum()) if metric == "comet" else len(own.rows)
+            records.append((system, *part, metric, form, *numbers, scored, _window(rows[system])))
     if not records:
         raise InputError("There are no hypotheses to score; transcribe a split that is not empty.")
     records.sort(key=lambda record: order[str(record[0])])
@@ -213,18 +223,20 @@ def _require_same_utterances(by_system: Mapping[str, Mapping[_Part, pd.DataFrame
 def _summarised(results: pd.DataFrame) -> pd.DataFrame:
     """The rows of the split that is summarised (test where there is one), in the run's own normaliser."""
     split = max(results["split"], key=_SPLITS.index)
-    rows = results[results["split"] == split]
-    return rows.drop_duplicates(["system", "language", "task", "metric"])
+    rows: pd.DataFrame = results[results["split"] == split]
+    return rows.drop_duplicates([name for name in rows if name in _SCORE_OF or name not in RESULT_COLUMNS])
 
 
 def main_rows(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `main_metric` on the split that is summarised, in the run's own normaliser."""
+    """The rows of `main_metric` on the split that is summarised, in the run's own normaliser; of a sweep's results
+    those of every variant.
+    """
     rows = _summarised(results)
     wanted = [
         metric == main_metric(task, language)
         for language, task, metric in zip(rows["language"], rows["task"], rows["metric"], strict=True)
     ]
-    return rows.loc[np.array(wanted)]
+    return rows[wanted]
 
 
 _Values = dict[tuple[str, str, str, str], float]
@@ -278,14 +290,13 @@ class _Main:
         """The value, and the resampled ones (s,), NaN where a resample's base and expert are equal."""
         base, own, expert = (self.draws[name] for name in (BASE, system, EXPERTS))
         with np.errstate(divide="ignore", invalid="ignore"):
-            drawn = np.where(base != expert, (base - own) / (base - expert), np.nan)
+            drawn = np.where(base != expert, (base - own) / (base - expert) + 0.0, np.nan)
         return recovery(*(self.values[name] for name in (BASE, system, EXPERTS))), drawn
 
 
 def _between(drawn: Array, blocks: Blocks) -> tuple[float | None, float | None]:
-    """The interval of resampled values, of which a few may be undefined; None where it is."""
-    known = drawn[~np.isnan(drawn)]
-    low, high = interval(known, blocks) if len(known) else (float("nan"), float("nan"))
+    """The interval of resampled values, None where it is undefined."""
+    low, high = interval(drawn, blocks)
     return (None, None) if np.isnan(low) else (low, high)
 
 
@@ -468,7 +479,8 @@ def _columns(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[_Column]
             if metric in metrics.values():
                 means = {name: _number(own[metric]) for name, own in systems.items()}
                 columns.append(_Column(f"mean {_LABELS[metric]}", means))
-    columns.append(_Column("recovery", {name: _recovery_cell(own) for name, own in systems.items()}))
+    if EXPERTS in systems:
+        columns.append(_Column("recovery", {name: _recovery_cell(own) for name, own in systems.items()}))
     for task in METRICS_OF_TASK:
         for code, metric in metrics_of(task, guarded=True).items():
             columns.append(single(code, task, metric, f"guard {code} {_LABELS[metric]}"))

@@ -10,7 +10,7 @@ import pytest
 import lors
 from lors.errors import InputError
 from lors.scoring.files import write_results
-from lors.scoring.results import score_tables
+from lors.scoring.results import main_rows, score_tables
 
 
 @pytest.fixture
@@ -21,7 +21,9 @@ def frame() -> pd.DataFrame:
         for i in range(3)
         for task in ("transcribe", "translate")
     ]
-    return score_tables({"base": pd.DataFrame(rows), "NA": pd.DataFrame(rows)}, resamples=20)
+    return score_tables(
+        {"base": pd.DataFrame(rows), "NA": pd.DataFrame(rows), "1000": pd.DataFrame(rows)}, resamples=20
+    )
 
 
 def test_every_file_gives_the_same_table(frame: pd.DataFrame, tmp_path: Path) -> None:
@@ -31,6 +33,21 @@ def test_every_file_gives_the_same_table(frame: pd.DataFrame, tmp_path: Path) ->
         pd.testing.assert_frame_equal(lors.load_results(path), frame)
     (tmp_path / "results.parquet").unlink()
     pd.testing.assert_frame_equal(lors.load_results(str(tmp_path)), frame)
+
+
+def test_names_that_look_like_numbers_stay_names(frame: pd.DataFrame, tmp_path: Path) -> None:
+    write_results(frame[frame["system"] == "1000"], tmp_path)
+    for path in tmp_path.iterdir():
+        assert set(lors.load_results(path)["system"]) == {"1000"}, path.name
+
+
+def test_a_sweep_s_columns_are_kept_and_mixed_ones_are_texts(frame: pd.DataFrame, tmp_path: Path) -> None:
+    variants = [frame.assign(**{"prune.density": 0.1 * i, "window_asked": own}) for i, own in enumerate(("auto", 7.0))]
+    sweep = pd.concat(variants, ignore_index=True)
+    write_results(sweep, tmp_path)
+    for path in tmp_path.iterdir():
+        pd.testing.assert_frame_equal(lors.load_results(path), sweep.astype({"window_asked": str}))
+    assert len(main_rows(lors.load_results(tmp_path))) == 2 * len(main_rows(frame)) == 2 * 3 * 2
 
 
 def test_what_is_no_table_is_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sacrebleu.significance import PairedTest
 
 from lors.errors import InputError
-from lors.scoring.bootstrap import percent
+from lors.scoring.bootstrap import Blocks, interval, p_value, percent
 from lors.scoring.metrics import METRICS, _bleu, _chrf, difference, differs, main_metric, score
 from lors.scoring.normalise import normalise
 
@@ -46,7 +46,7 @@ def test_wer_and_cer_by_hand() -> None:
 
 
 @pytest.mark.parametrize("normaliser", ["lors", "whisper_basic", "none"])
-def testpercents_equal_jiwer(normaliser: str) -> None:
+def test_error_rates_equal_jiwer(normaliser: str) -> None:
     references, hypotheses = corpus(60, 0.3)
     clean = [[normalise(text, "ca", normaliser) for text in texts] for texts in (references, hypotheses)]
     wer = score("wer", references, hypotheses, language="ca", normaliser=normaliser)
@@ -174,6 +174,17 @@ def test_input_errors_name_the_cause() -> None:
         score("wer", ["a", "b"], ["a", "b"], language="es", speakers=["x"])
     with pytest.raises(InputError, match=r"0 resamples"):
         score("wer", ["a"], ["a"], language="es", resamples=0)
+
+
+def test_p_values_by_hand() -> None:
+    blocks = Blocks(5, None)
+    differences = np.array([-2.0, -1.0, 0.0, *range(1, 97)])  # 3 of 99 on the rarer side, the 0 on both
+    for values in (differences, -differences, np.append(differences, np.nan)):
+        assert p_value(values, blocks) == pytest.approx(2 * (3 + 1) / (99 + 1))
+    assert p_value(np.zeros(99), blocks) == 1
+    assert math.isnan(p_value(differences, Blocks(1, None)))
+    assert math.isnan(p_value(np.full(3, np.nan), blocks))
+    assert all(math.isnan(end) for end in interval(np.full(3, np.nan), blocks))
 
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])

@@ -28,9 +28,8 @@ def test_base_is_0_expert_is_1_and_the_direction_does_not_matter(base: float, sy
     assert recovery(-base, -system, -expert) == recovery(base, system, expert)
 
 
-def test_undefined_where_base_and_expert_do_not_differ() -> None:
-    assert recovery(30.0, 10.0, 30.0) is None
-    assert recovery(30.0, 10.0, 29.9, defined=False) is None
+def test_no_zero_is_negative() -> None:
+    assert str(recovery(10.0, 10.0, 30.0)) == "0.0"
 
 
 def test_ratio_to_expert_is_above_1_where_better() -> None:

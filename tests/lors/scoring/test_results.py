@@ -286,6 +286,8 @@ def test_the_best_is_named_only_beyond_the_paired_interval(tables: dict[str, pd.
     }
     twins = dict(tables, twin=tables["lors"])
     assert set(summarise(score_tables(twins), twins)["best"].values()) == {None}
+    several = dict(tables, switched=tables["experts"])  # better than all, but not one model
+    assert summarise(score_tables(several), several)["best"]["es transcribe"] == "lors"
     alone = {"base": tables["base"], "experts": tables["experts"]}
     assert set(summarise(score_tables(alone), alone)["best"].values()) == {None}
 
@@ -308,11 +310,49 @@ def test_optional_columns_make_optional_rows(tables: dict[str, pd.DataFrame]) ->
     assert results[results["metric"] == "comet"]["signature"].str.startswith("COMET|made-up|lang:es").all()
     assert summary["robustness"]["lors"]["wrong_language"] == pytest.approx(100 / 3)  # all of the French
     assert value(results, "lors", FR, "free") == value(results, "lors", FR, "wer")
+    assert results[results["metric"] == "free"]["signature"].str.startswith("wer|jiwer:").all()
     shown = robustness_table(results, summary)
     assert "| wrong language | free |" in shown.splitlines()[0]
     plain = summarise(score_tables(tables), tables)
     assert plain["robustness"]["lors"]["free"] is None
     assert plain["systems"]["lors"]["comet"] is None
+    nulls = {name: rows.assign(spoken=None, free=None, comet=np.nan) for name, rows in tables.items()}
+    pd.testing.assert_frame_equal(score_tables(nulls), score_tables(tables))
+
+
+def test_comet_counts_the_translations_that_have_a_source() -> None:
+    rows = table({ES_EN: 0.2})
+    scores = np.where(np.arange(40) < 2, 0.8, np.nan)  # a resample in seven meets neither of the two
+    systems = {name: rows.assign(comet=scores + more) for name, more in (("base", 0.0), ("task_arithmetic", 0.05))}
+    found = score_tables(systems)
+    comet = found[found["metric"] == "comet"].set_index("system")
+    assert list(comet["utterances"]) == [2, 2]
+    assert comet.loc["base", ["value", "low", "high"]].tolist() == pytest.approx([80, 80, 80])
+    assert comet.loc["task_arithmetic", "p_base"] == comet.loc["base", "p_task_arithmetic"] < 0.01
+    assert comet["signature"].str.startswith("COMET|lang:es").all()
+
+
+def test_speakers_are_the_blocks_of_every_number(tables: dict[str, pd.DataFrame]) -> None:
+    """Also where ids, by which utterances are paired, do not lie in the order of the speakers."""
+    spoken = {name: rows.assign(speaker=[f"s{i % 10}" for i in range(len(rows))]) for name, rows in tables.items()}
+    spoken["task_arithmetic"] = spoken.pop("average")
+    results = score_tables(spoken)
+    assert results["signature"].str.endswith("|by:speaker").all()
+    wer = results[(results["metric"] == "wer") & (results["normaliser"] == "whisper_basic")]
+    row = wer[(wer["system"] == "lors") & (wer["language"] == "fr")].iloc[0]
+    texts = {name: rows[(rows["language"] == "fr")] for name, rows in spoken.items()}
+    for key, rival in (("p_base", "base"), ("p_task_arithmetic", "task_arithmetic")):
+        found = difference(
+            "wer",
+            *(list(texts[name][kind]) for name, kind in (("lors", "reference"), ("lors", "hypothesis"))),
+            list(texts[rival]["hypothesis"]),
+            language="fr",
+            normaliser="whisper_basic",
+            speakers=list(texts["lors"]["speaker"]),
+        )
+        assert row[key] == found.p
+    shuffled = {name: rows.sample(frac=1, random_state=1) for name, rows in spoken.items()}
+    assert summarise(score_tables(shuffled), shuffled) == summarise(results, spoken)
 
 
 def test_the_main_rows_are_one_a_system_language_and_task(results: pd.DataFrame) -> None:
