@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -21,7 +21,15 @@ from lors.speech.base_model import MOONSHINE_SECONDS, is_english_only, unsupport
 from lors.speech.corpus import SAMPLE_RATE
 from lors.speech.features import FRAMES_PER_SECOND, log_mel, native_window, pad_mels, window_for, windowed
 
-__all__ = ["Architecture", "FeatureCache", "Moonshine", "Whisper", "architecture_of", "require_language"]
+__all__ = [
+    "Architecture",
+    "FeatureCache",
+    "Moonshine",
+    "Whisper",
+    "architecture_of",
+    "languages_of",
+    "require_language",
+]
 
 
 class Architecture(Protocol):
@@ -49,6 +57,9 @@ class Architecture(Protocol):
 
         `language` is the spoken one for both tasks. Raises InputError where the model does not take it or the task.
         """
+
+    def languages(self, tokenizer: Any) -> dict[str, int]:
+        """The token of each language that the model can say it hears; empty where it cannot say any."""
 
     def text_tokens(self, tokenizer: Any, text: str) -> list[int]:
         """The tokens of a text as the model writes them, without `prefix` and the end token."""
@@ -97,6 +108,9 @@ class Whisper:
         spoken = () if self.english_only else (require_language(tokenizer, language),)
         return (*spoken, *(vocabulary[token] for token in named))
 
+    def languages(self, tokenizer: Any) -> dict[str, int]:
+        return {} if self.english_only else _languages(tokenizer.get_vocab())
+
     def text_tokens(self, tokenizer: Any, text: str) -> list[int]:
         # With a leading space, as in Whisper's own training.
         return list(tokenizer(" " + text.strip(), add_special_tokens=False).input_ids)
@@ -134,6 +148,9 @@ class Moonshine:
             raise InputError(f"the model is a Moonshine, which cannot {task}; use a multilingual Whisper as base")
         return ()
 
+    def languages(self, tokenizer: Any) -> dict[str, int]:
+        return {}
+
     def text_tokens(self, tokenizer: Any, text: str) -> list[int]:
         # Its tokenizer puts the leading space itself.
         return list(tokenizer(text.strip(), add_special_tokens=False).input_ids)
@@ -170,12 +187,18 @@ def architecture_of(source: Any) -> Architecture:
     return Whisper(is_english_only({"vocab_size": config.vocab_size}, {"is_multilingual": multilingual}))
 
 
-def require_language(source: Any, language: str) -> int:
-    """The id of `<|language|>` in a Whisper processor, tokenizer or generation config; InputError if it has none."""
+def languages_of(source: Any) -> dict[str, int]:
+    """The id of `<|language|>` by code, in a Whisper processor, tokenizer or generation config; empty without any."""
     known: dict[str, int] | None = getattr(source, "lang_to_id", None)
     if known is None:
         known = getattr(source, "tokenizer", source).get_vocab()
-    languages = {match[1]: number for t, number in known.items() if (match := re.fullmatch(r"<\|([a-z]{2,3})\|>", t))}
+    found = {match[1]: number for t, number in known.items() if (match := re.fullmatch(r"<\|([a-z]{2,3})\|>", t))}
+    return dict(sorted(found.items()))
+
+
+def require_language(source: Any, language: str) -> int:
+    """The id of `<|language|>` in a Whisper processor, tokenizer or generation config; InputError if it has none."""
+    languages = languages_of(source)
     if language not in languages:
         raise InputError(
             f"the model has no language {language!r}: its tokenizer has no token <|{language}|>, and languages come "
@@ -183,6 +206,12 @@ def require_language(source: Any, language: str) -> int:
             "use one of those codes or another base"
         )
     return languages[language]
+
+
+def _languages(tokens: Mapping[str, int]) -> dict[str, int]:
+    """The id of each language among the tokens of a Whisper."""
+    named = ((re.fullmatch(r"<\|([a-z]{2,3})\|>", token), number) for token, number in tokens.items())
+    return {match[1]: number for match, number in named if match}
 
 
 class FeatureCache:

@@ -1,15 +1,22 @@
-"""Transcription and translation of many utterances: one encoder pass for both tasks, batches of similar length."""
+"""Transcription and translation of many utterances: one encoder pass for both tasks, batches of similar length.
+
+Shapes: B utterances, P positions of the encoder, d the model's width, N tokens of a prompt.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
 
 from lors.errors import InputError
 from lors.speech.architecture import FeatureCache, architecture_of
@@ -18,7 +25,7 @@ from lors.speech.corpus import Utterance
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["TASKS", "Hypothesis", "hypothesis_table", "token_limit", "transcribe"]
+__all__ = ["TASKS", "Encoded", "Hypothesis", "Writer", "hypothesis_table", "token_limit", "transcribe"]
 
 TASKS = ("transcribe", "translate")
 
@@ -29,11 +36,14 @@ _TOKENS_AT_LEAST = 16
 
 _TABLE = dict.fromkeys(("id", "language", "task", "split", "speaker"), "object") | {
     "seconds": "float64",
+    "source": "object",
     "reference": "object",
     "hypothesis": "object",
     "window": "float64",
     "tokens": "int64",
     "truncated": "bool",
+    "spoken": "object",
+    "free": "object",
 }
 
 
@@ -42,7 +52,9 @@ class Hypothesis:
     """What a model wrote for one utterance.
 
     `window` is the seconds its encoder saw; `tokens` counts those written before the end token; `truncated` says that
-    there was no end token within the limit, which then equals `tokens`.
+    there was no end token within the limit, which then equals `tokens`. `spoken` is the language that the model says
+    it hears, None where it was not asked or cannot say; `free` is the transcript with that language in the prompt,
+    None where `spoken` is, and for translations.
     """
 
     id: str
@@ -52,6 +64,35 @@ class Hypothesis:
     window: float
     tokens: int
     truncated: bool
+    spoken: str | None = None
+    free: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the encoder made of a batch, `output.last_hidden_state` (B, P, d) and what goes with it; and the decoder's
+    keys and values of it, which the first decoding fills in and all others share."""
+
+    output: Any
+    crossed: Any = field(default_factory=DynamicCache)
+
+    def cache(self) -> EncoderDecoderCache:
+        """The cache of one decoding."""
+        return EncoderDecoderCache(DynamicCache(), self.crossed)
+
+    def rows(self, rows: Sequence[int]) -> Encoded:
+        """Those rows of the batch alone."""
+        return Encoded(type(self.output)(last_hidden_state=self.output.last_hidden_state[list(rows)]))
+
+
+class Writer(Protocol):
+    """What encodes and decodes; the rest of `transcribe` is the same for all."""
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> Encoded:
+        """The encoder's output for its inputs by name, on the model's device."""
+
+    def write(self, encoded: Encoded, prompts: Tensor, limit: int) -> list[list[int]]:
+        """At most `limit` tokens after each row of `prompts`, (B, N); what follows an end token is of no use."""
 
 
 def token_limit(seconds: float, model_limit: int) -> int:
@@ -70,8 +111,11 @@ def transcribe(
     beams: int = 1,
     batch_seconds: float = 160.0,
     max_new_tokens: int | None = None,
+    identify: bool = False,
     cache: FeatureCache | None = None,
     device: torch.device | str | None = None,
+    writer: Writer | None = None,
+    finished: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Hypothesis]:
     """What a `model` writes for each utterance and task: task by task, the utterances in their given order.
@@ -85,8 +129,13 @@ def transcribe(
         beams: 1 decodes greedily.
         batch_seconds: the most padded seconds (rows times window) encoded at once; one row always is.
         max_new_tokens: the most tokens written; None takes `token_limit` of each utterance.
+        identify: ask the model which language it hears, where it has tokens for languages (Radford et al. 2022,
+            section 2.3), and transcribe as that one where it is another.
         cache: features kept from call to call.
         device: where the model is moved to; None leaves it where it is.
+        writer: encodes and decodes in place of `model`, which it was made from.
+        finished: a file that every finished batch is added to; the batches that it has are not decoded again. It is
+            for one model and one set of arguments.
         on_progress: called with (utterances done, all).
 
     Raises:
@@ -94,36 +143,37 @@ def transcribe(
     """
     if unknown := [task for task in tasks if task not in TASKS]:
         raise InputError(f"the task {unknown[0]!r} is unknown; Whisper's tasks are {' and '.join(TASKS)}")
-    architecture = architecture_of(model)
+    architecture, tokenizer = architecture_of(model), processor.tokenizer
     start = model.config.decoder_start_token_id
-    prompts = {task: [start, *architecture.prefix(processor.tokenizer, language, task)] for task in tasks}
+    prompts = {task: [start, *architecture.prefix(tokenizer, language, task)] for task in tasks}
     native = architecture.native_window(model.config)
     batches = _batches(
         utterances, lambda longest: architecture.window_for(model.config, longest, window), native, batch_seconds
     )
     cache = cache or FeatureCache(architecture, model.config, max_bytes=0)
-    found: dict[tuple[str, int], Hypothesis] = {}
     if device is not None:
         model.to(device)
-    done = 0
+    found: dict[tuple[str, int], Hypothesis] = {}
+    done, earlier = 0, _Finished(finished)
     with _decoding(model, beams) as config:
+        asked = _Asked(
+            language=language,
+            prompts=prompts,
+            languages=architecture.languages(tokenizer) if identify else {},
+            most=architecture.token_limit(model.config) - max(map(len, prompts.values()), default=0),
+            max_new_tokens=max_new_tokens,
+        )
+        writer = writer or _Transformers(model, config)
         for seconds, rows in batches:
             batch = [utterances[row] for row in rows]
-            with torch.inference_mode(), architecture.windowed(model, seconds):
-                encoded = _encode(model, architecture.collate(model.config, cache.features(batch), seconds))
-                for task, prompt in prompts.items():
-                    most = architecture.token_limit(model.config) - len(prompt)
-                    limits = [
-                        token_limit(utterance.seconds, most) if max_new_tokens is None else min(max_new_tokens, most)
-                        for utterance in batch
-                    ]
-                    written = _decode(model, encoded, prompt, config, max(limits))
-                    cut = [_until_end(tokens, config, limit) for tokens, limit in zip(written, limits, strict=True)]
-                    texts = processor.tokenizer.batch_decode([tokens for tokens, _ in cut], skip_special_tokens=True)
-                    for row, utterance, text, (tokens, ended) in zip(rows, batch, texts, cut, strict=True):
-                        found[task, row] = Hypothesis(
-                            utterance.id, task, text.strip(), utterance.seconds, seconds, len(tokens), not ended
-                        )
+            written = earlier.next([(task, utterance.id) for task in prompts for utterance in batch])
+            if written is None:
+                with torch.inference_mode(), architecture.windowed(model, seconds):
+                    inputs = architecture.collate(model.config, cache.features(batch), seconds)
+                    written = _written(model, tokenizer, writer, config, asked, batch, inputs, seconds)
+                earlier.add(written)
+            places = [(task, row) for task in prompts for row in rows]
+            found.update(zip(places, written, strict=True))
             done += len(rows)
             if on_progress:
                 on_progress(done, len(utterances))
@@ -135,15 +185,16 @@ def hypothesis_table(
 ) -> pd.DataFrame:
     """Hypotheses beside their references, one row each; those without a reference (no translation known) are left out.
 
-    Columns: id, language, task, split, speaker, seconds, reference, hypothesis, window, tokens, truncated.
+    Columns: id, language, task, split, speaker, seconds, source (the transcript of what is spoken), reference,
+    hypothesis, window, tokens, truncated, spoken, free; the last ones as in `Hypothesis`.
     """
     import pandas as pd
 
     by_id = {utterance.id: utterance for utterance in utterances}
     rows = [
         {"id": h.id, "language": language, "task": h.task, "split": split, "speaker": by_id[h.id].speaker}
-        | {"seconds": h.seconds, "reference": reference, "hypothesis": h.text}
-        | {"window": h.window, "tokens": h.tokens, "truncated": h.truncated}
+        | {"seconds": h.seconds, "source": by_id[h.id].text or None, "reference": reference, "hypothesis": h.text}
+        | {"window": h.window, "tokens": h.tokens, "truncated": h.truncated, "spoken": h.spoken, "free": h.free}
         for h in hypotheses
         if (reference := by_id[h.id].target(h.task)) is not None
     ]
@@ -175,10 +226,102 @@ def _batches(
     return batches
 
 
-def _encode(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
-    """The encoder's output, (B, positions, d) and what goes with it, of a batch."""
-    moved = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
-    return model.get_encoder()(moved.pop(model.main_input_name), **moved)
+class _Finished:
+    """Batches in a JSON Lines file, one a line, in their order; from the first line that is not whole it is anew."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._size = path, 0  # bytes of the lines that were taken or added
+        self._lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
+
+    def next(self, expected: Sequence[tuple[str, str]]) -> list[Hypothesis] | None:
+        """The next batch of the file, where it is there and of these (task, id)s."""
+        if not self._lines:
+            return None
+        line = self._lines.pop(0)
+        try:
+            found = [Hypothesis(**row) for row in json.loads(line)]
+        except (TypeError, ValueError):  # killed while it was written
+            found = []
+        if not line.endswith(b"\n") or [(h.task, h.id) for h in found] != expected:
+            self._lines = []
+            return None
+        self._size += len(line)
+        return found
+
+    def add(self, written: Sequence[Hypothesis]) -> None:
+        if self._path is None:
+            return
+        line = json.dumps([asdict(hypothesis) for hypothesis in written]).encode() + b"\n"
+        with self._path.open("ab") as file:
+            file.truncate(self._size)
+            file.write(line)
+        self._size += len(line)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked of every batch."""
+
+    language: str
+    prompts: Mapping[str, Sequence[int]]  # the tokens before the text, by task
+    languages: Mapping[str, int]  # the tokens of those that the model may say it hears; empty: it is not asked
+    most: int  # tokens that the model has room for after the prompt
+    max_new_tokens: int | None
+
+
+def _written(
+    model: Any,
+    tokenizer: Any,
+    writer: Writer,
+    config: Any,
+    asked: _Asked,
+    batch: Sequence[Utterance],
+    inputs: Mapping[str, Tensor],
+    window: float,
+) -> list[Hypothesis]:
+    """The hypotheses of one batch, task by task."""
+    limits = [
+        token_limit(utterance.seconds, asked.most)
+        if asked.max_new_tokens is None
+        else min(asked.max_new_tokens, asked.most)
+        for utterance in batch
+    ]
+
+    def write(prompts: Tensor, rows: Sequence[int]) -> list[tuple[str, int, bool]]:
+        """(text, tokens, whether it ended) of some rows of the batch."""
+        own = [limits[row] for row in rows]
+        written = writer.write(encoded if len(rows) == len(batch) else encoded.rows(rows), prompts, max(own))
+        cut = [_until_end(tokens, config, limit) for tokens, limit in zip(written, own, strict=True)]
+        texts = tokenizer.batch_decode([tokens for tokens, _ in cut], skip_special_tokens=True)
+        return [(text.strip(), len(tokens), ended) for text, (tokens, ended) in zip(texts, cut, strict=True)]
+
+    encoded, rows = writer.encode(inputs), range(len(batch))
+    spoken = _spoken(model, encoded, asked.languages) if asked.languages else []
+    others = [row for row, heard in enumerate(spoken) if heard != asked.language]
+    nothing: list[str | None] = [None] * len(batch)
+    found: list[Hypothesis] = []
+    for task, prompt in asked.prompts.items():
+        written = write(torch.tensor(prompt).expand(len(batch), -1), rows)
+        free = [text for text, *_ in written] if spoken and task == "transcribe" else list(nothing)
+        if others and task == "transcribe":
+            own, ids = asked.languages[asked.language], asked.languages
+            prompts = [[ids[spoken[row]] if token == own else token for token in prompt] for row in others]
+            for row, (text, *_) in zip(others, write(torch.tensor(prompts), others), strict=True):
+                free[row] = text
+        found += [
+            Hypothesis(utterance.id, task, text, utterance.seconds, window, tokens, not ended, *more)
+            for utterance, (text, tokens, ended), *more in zip(batch, written, spoken or nothing, free, strict=True)
+        ]
+    return found
+
+
+def _spoken(model: Any, encoded: Encoded, languages: Mapping[str, int]) -> list[str]:
+    """The likeliest language after the start token, of each row of the encoder's output."""
+    hidden = encoded.output.last_hidden_state
+    start = torch.full((len(hidden), 1), model.config.decoder_start_token_id, device=hidden.device)
+    logits = model(encoder_outputs=(hidden,), decoder_input_ids=start, past_key_values=encoded.cache()).logits[:, -1]
+    codes = list(languages)
+    return [codes[place] for place in logits[:, [languages[code] for code in codes]].argmax(-1).tolist()]
 
 
 @contextlib.contextmanager
@@ -196,23 +339,37 @@ def _decoding(model: Any, beams: int) -> Iterator[Any]:
         model.train(training)
 
 
-def _decode(model: Any, encoded: Any, prompt: list[int], config: Any, limit: int) -> list[list[int]]:
-    """The tokens written after `prompt` for each row of the encoder's output, padding included."""
-    from transformers import GenerationMixin
+@dataclass(frozen=True, slots=True)
+class _Transformers:
+    """Transformers' own `generate`, on the model's device."""
 
-    hidden = encoded.last_hidden_state
-    config.max_new_tokens = limit
-    # Whisper's own `generate` splits what it gets at timestamp tokens, which a weak model may write, and then drops
-    # the rest; the plain one keeps every token. It expands the encoder's output in place, hence one holder a call.
-    written = GenerationMixin.generate(
-        model,
-        encoder_outputs=copy.copy(encoded),
-        attention_mask=hidden.new_ones(hidden.shape[:2], dtype=torch.long),  # of the encoder; quiets a warning
-        decoder_input_ids=torch.tensor([prompt], device=hidden.device).expand(len(hidden), -1),
-        generation_config=config,
-    )
-    tokens: list[list[int]] = written[:, len(prompt) :].tolist()
-    return tokens
+    model: Any
+    config: Any
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> Encoded:
+        model = self.model
+        moved = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
+        return Encoded(model.get_encoder()(moved.pop(model.main_input_name), **moved))
+
+    def write(self, encoded: Encoded, prompts: Tensor, limit: int) -> list[list[int]]:
+        from transformers import GenerationMixin
+
+        hidden = encoded.output.last_hidden_state
+        self.config.max_new_tokens = limit
+        # Beams multiply and reorder the rows of their cache.
+        shared = {"past_key_values": encoded.cache()} if self.config.num_beams == 1 else {}
+        # Whisper's own `generate` splits what it gets at timestamp tokens, which a weak model may write, and then drops
+        # the rest; the plain one keeps every token. It expands the encoder's output in place, hence one holder a call.
+        written = GenerationMixin.generate(
+            self.model,
+            encoder_outputs=copy.copy(encoded.output),
+            attention_mask=hidden.new_ones(hidden.shape[:2], dtype=torch.long),  # of the encoder; quiets a warning
+            decoder_input_ids=prompts.to(hidden.device),
+            generation_config=self.config,
+            **shared,
+        )
+        tokens: list[list[int]] = written[:, prompts.shape[1] :].tolist()
+        return tokens
 
 
 def _until_end(tokens: list[int], config: Any, limit: int) -> tuple[list[int], bool]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lors.stages.common import HYPOTHESES, Report, decoding, load
+from lors.stages.common import HYPOTHESES, VECTOR, Report, decoding, load
 
 __all__ = ["evaluate_model"]
 
@@ -16,25 +16,57 @@ def evaluate_model(
     inputs: Mapping[str, str],
     places: Mapping[str, Any],
     out: str,
+    work: str,
     threads: int,
     report: Report,
     **_: Any,
 ) -> dict[str, Any]:
-    """Every hypothesis of one model on one language's split, beside its reference."""
+    """Every hypothesis of one model on one language's split, beside its reference.
+
+    The model is the input `model`, or the base with the expert of the input `compact` put in, or the base. A step that
+    was interrupted goes on after its last batch.
+    """
     from lors.speech.corpus import read_split
     from lors.speech.transcribe import hypothesis_table, transcribe
 
-    model, processor = load(inputs.get("model") or places["base"], threads)
-    language, split = settings["language"], settings["split"]
+    folder, language, split = inputs.get("model") or places["base"], settings["language"], settings["split"]
+    model, processor = load(folder, threads)
+    if "compact" in inputs:
+        _put_in(model, folder, inputs["compact"])
     utterances = read_split(Path(inputs["corpus"]) / f"{split}.parquet")
     hypotheses = transcribe(
         model,
         processor,
         utterances,
         language=language,
+        identify=settings["identify"],
+        writer=_writer(settings, model, processor, folder, work),
+        finished=Path(work) / "hypotheses.jsonl",
         on_progress=lambda done, total: report({"done": done, "total": total, "unit": "utterances"}),
         **decoding(settings),
     )
     table = hypothesis_table(hypotheses, utterances, language=language, split=split)
     table.to_parquet(Path(out) / HYPOTHESES, index=False)
     return {"hypotheses": len(table)}
+
+
+def _put_in(model: Any, base: str, compact: str) -> None:
+    """The base's model becomes base + the compact expert's delta, as `switched` models are at run time."""
+    from lors.checkpoint import Checkpoint
+    from lors.delta_file import DeltaFile
+    from lors.task_vector import apply
+
+    checkpoint, vector = Checkpoint(base), DeltaFile(Path(compact) / VECTOR)
+    tensors = {name: apply(checkpoint.tensor(name), vector.delta(name), 1.0).float() for name in checkpoint.float_names}
+    odd = model.load_state_dict(tensors, strict=False).unexpected_keys
+    assert not odd, f"the model would be decoded without its {odd[0]}"
+
+
+def _writer(settings: Mapping[str, Any], model: Any, processor: Any, folder: str, work: str) -> Any:
+    """What encodes and decodes in place of the model; None is the model itself."""
+    if settings["backend"] == "transformers":
+        return None
+    from lors.speech.ctranslate import CTranslate2Writer, require_ctranslate2
+
+    require_ctranslate2(model.config.model_type, settings["beams"])
+    return CTranslate2Writer(model, processor, Path(folder), Path(work) / "ctranslate2")

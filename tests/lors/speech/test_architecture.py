@@ -283,6 +283,16 @@ def test_prefixes(folders: dict[str, Path], whisper_folder: Path) -> None:
         Moonshine().prefix(tokenizers["moonshine"], "en", "translate")
 
 
+def test_only_multilingual_models_say_which_language_they_hear(loaded: tuple[str, Any, Any]) -> None:
+    kind, model, processor = loaded
+    names = {"distilled": ("en", "es")}.get(kind, ())
+    languages = architecture_of(model).languages(processor.tokenizer)
+    assert languages == {name: processor.tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names}
+    found = transcribe(model, processor, UTTERANCES, language="en", tasks=["transcribe"], identify=True)
+    assert {h.spoken for h in found} <= ({*names} if names else {None})
+    assert all((h.free is None) == (not names) for h in found)
+
+
 def test_require_language_in_each_place_that_knows_languages(whisper_folder: Path) -> None:
     model, processor = load_model(whisper_folder)
     ids = {require_language(source, "yue") for source in (processor, processor.tokenizer, model.generation_config)}

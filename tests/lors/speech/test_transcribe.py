@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from speech_sounds import utterance
 
 from lors.errors import CheckpointError, InputError
 from lors.speech.architecture import FeatureCache, Whisper
+from lors.speech.corpus import Utterance
 from lors.speech.features import log_mel, pad_mels, windowed
 from lors.speech.load import load_model
 from lors.speech.transcribe import TASKS, hypothesis_table, token_limit, transcribe
+from lors.starter import MODEL_FOLDER
 
 UTTERANCES = [utterance(number, seconds) for number, seconds in enumerate((1.2, 0.6, 2.4, 0.9, 11.0, 1.7))]
 
@@ -142,8 +144,8 @@ def test_hypothesis_table_pairs_references_and_leaves_out_what_has_none(whisper:
     hypotheses = transcribe(*whisper, utterances, language="es")
     table = hypothesis_table(hypotheses, utterances, language="es", split="validation")
     assert list(table.columns) == [
-        "id", "language", "task", "split", "speaker", "seconds",
-        "reference", "hypothesis", "window", "tokens", "truncated",
+        "id", "language", "task", "split", "speaker", "seconds", "source",
+        "reference", "hypothesis", "window", "tokens", "truncated", "spoken", "free",
     ]  # fmt: skip
     assert list(zip(table["id"], table["task"], table["reference"], strict=True)) == [
         ("u0", "transcribe", "hola 0"),
@@ -219,3 +221,93 @@ def test_load_model_takes_the_type_asked_for(whisper_folder: Path) -> None:
     assert not model.training
     found = transcribe(model, processor, UTTERANCES[:2], language="es")
     assert all(set(h.text) <= set("abcdefgh") for h in found)
+
+
+def test_the_language_heard_comes_from_the_same_encoder_pass(whisper: tuple[Any, Any]) -> None:
+    model, processor = whisper
+    passes: list[int] = []
+    hook = model.get_encoder().register_forward_hook(lambda *_: passes.append(1))
+    plain = transcribe(model, processor, UTTERANCES, language="es", batch_seconds=24)
+    count = len(passes)
+    found = transcribe(model, processor, UTTERANCES, language="es", batch_seconds=24, identify=True)
+    hook.remove()
+    assert len(passes) == 2 * count
+    assert [dataclasses.replace(h, spoken=None, free=None) for h in found] == plain
+    half = len(UTTERANCES)
+    assert [h.spoken for h in found[:half]] == [h.spoken for h in found[half:]]
+    assert {h.free for h in found[half:]} == {None}
+    assert any(h.spoken != "es" for h in found)
+    for hypothesis, source in zip(found[:half], UTTERANCES, strict=True):
+        with torch.inference_mode(), windowed(model, hypothesis.window) as frames:
+            features = pad_mels(log_mel([source.audio()], 80), frames)
+            token = model.detect_language(features)[0].item()
+        assert processor.tokenizer.decode([token]) == f"<|{hypothesis.spoken}|>"
+        alone = transcribe(model, processor, [source], language=str(hypothesis.spoken), window=hypothesis.window)[0]
+        assert hypothesis.free == alone.text
+
+
+def test_finished_batches_are_not_decoded_again(whisper: tuple[Any, Any], tmp_path: Path) -> None:
+    model, processor = whisper
+    file = tmp_path / "hypotheses.jsonl"
+    passes: list[int] = []
+
+    def stop(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == stop_at:
+            raise KeyboardInterrupt
+
+    def transcribed(**more: Any) -> Any:
+        passes.clear()
+        return transcribe(model, processor, UTTERANCES, language="es", batch_seconds=8, identify=True, **more)
+
+    stop_at = 0
+    hook = model.get_encoder().register_forward_hook(stop)
+    plain = transcribed()
+    batches, stop_at = len(passes), 3
+    with pytest.raises(KeyboardInterrupt):
+        transcribed(finished=file)
+    first = file.read_bytes()
+    assert first.count(b"\n") == 2 < batches
+    stop_at, done = 0, list[tuple[int, int]]()
+    # What a kill may leave, and what another command would.
+    for tail in (b'[{"id": "u0", "ta', b"[]\n", first.splitlines(keepends=True)[0], b'[{"other": 1}]'):
+        file.write_bytes(first + tail)
+        assert transcribed(finished=file, on_progress=lambda *state: done.append(state)) == plain
+        assert len(passes) == batches - 2
+        assert done[-1] == (len(UTTERANCES), len(UTTERANCES))
+        assert transcribed(finished=file) == plain
+        assert passes == []
+    hook.remove()
+
+
+@settings(max_examples=4)
+@given(st.permutations(UTTERANCES), st.sampled_from([1.0, 30.0, 80.0, 500.0]), st.booleans())
+def test_neither_order_nor_batches_change_a_hypothesis(
+    whisper: tuple[Any, Any], order: list[Utterance], batch_seconds: float, identify: bool
+) -> None:
+    model, processor = whisper
+
+    def decoded(utterances: list[Utterance], seconds: float) -> dict[tuple[str, str], Any]:
+        found = transcribe(
+            model, processor, utterances, language="es", window=13.0, batch_seconds=seconds, identify=identify,
+            max_new_tokens=12,
+        )  # fmt: skip
+        return {(h.task, h.id): h for h in found}
+
+    assert decoded(order, batch_seconds) == decoded(UTTERANCES, 160.0)
+
+
+def test_beams_write_what_transformers_own_generate_does(tmp_path: Path) -> None:
+    model, processor = load_model(MODEL_FOLDER)
+    utterances = [utterance(number, seconds) for number, seconds in enumerate((1.2, 0.6, 3.4, 0.9))]
+    found = transcribe(model, processor, utterances, language="es", beams=3, window=4.0)
+    greedy = transcribe(model, processor, utterances, language="es", window=4.0)
+    for hypothesis, source in zip(found, utterances * 2, strict=True):
+        features = processor.feature_extractor(source.audio(), sampling_rate=16_000, return_tensors="pt").input_features
+        with torch.inference_mode():
+            written = model.generate(
+                features[:, :, :400], language="es", task=hypothesis.task, num_beams=3,
+                max_new_tokens=token_limit(source.seconds, 124),
+            )[0]  # fmt: skip
+        assert hypothesis.text == processor.tokenizer.decode(written, skip_special_tokens=True).strip()
+    assert [h.text for h in found] != [h.text for h in greedy]
