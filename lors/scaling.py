@@ -2,7 +2,8 @@
 
 The first round tries one coefficient for the whole model. Every later round takes one coordinate, encoder or decoder
 or one expert, and multiplies what it has in the best point so far (coordinate descent). The points of a round do not
-depend on one another.
+depend on one another. A point is its coefficients, {"scaling": 0.3, "factors": {"encoder": 1.25}}: the coefficient of
+the whole model, and what it is multiplied by in a part, or the merge weight of an expert; 1 where there is no factor.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from lors.groups import in_group
+
 if TYPE_CHECKING:
     from lors.config import ScalingSearch
 
-__all__ = ["PARTS", "Round", "choose", "points", "propose", "schedule"]
+__all__ = ["PARTS", "Round", "choose", "higher_is_better", "part_of", "points", "propose", "schedule"]
 
 PARTS: Final = ("encoder", "decoder")
-"""The coordinates of a search by part: groups of `lors.groups`. The embeddings are the decoder's."""
+"""The coordinates of a search by part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,23 @@ class Round:
     values: tuple[float, ...]
 
 
+def part_of(name: str) -> str:
+    """Which of PARTS a parameter belongs to: the embeddings and the output layer are the decoder's."""
+    return "encoder" if in_group("encoder", name, ()) else "decoder"
+
+
+def higher_is_better(metric: str) -> bool:
+    """Of a metric of `ScalingSearch`; "score" is an error."""
+    return metric in {"bleu", "chrf"}
+
+
 def schedule(search: ScalingSearch, experts: Sequence[str]) -> list[Round]:
     """The rounds of a search over `experts` (ids), cut where its budget ends. `search.search` must not be None."""
     assert search.search is not None, "the experiment fills in the method's own"
     coordinates = {"model": (), "part": PARTS, "expert": tuple(experts)}[search.per]
-    rounds = [Round(None, search.search)]
-    rounds += [Round(name, search.factors) for _ in range(search.rounds) for name in coordinates]
+    rounds = [Round(None, tuple(dict.fromkeys(search.search)))]
+    factors = tuple(dict.fromkeys(search.factors))
+    rounds += [Round(name, factors) for _ in range(search.rounds) for name in coordinates]
     left, cut = search.budget, []
     for one in rounds:
         kept = one.values if left is None else one.values[:left]
@@ -56,14 +70,21 @@ def propose(
     factor: float,
 ) -> dict[str, Any]:
     """The coefficients of `best` with one coordinate's multiplied by `factor`."""
-    factors = dict(best["factors"])
-    factors[coordinate] = factors.get(coordinate, 1.0) * factor
-    return {"scaling": best["scaling"], "factors": factors}
+    # Rounded, so that 0.1 times 3 times a third is known to be 0.1 and is not scored again.
+    product = round(best["factors"].get(coordinate, 1.0) * factor, 12)
+    factors = {**best["factors"], coordinate: product}
+    return {"scaling": best["scaling"], "factors": {name: own for name, own in factors.items() if own != 1}}
 
 
 def choose(tried: Sequence[Mapping[str, Any]], higher_is_better: bool) -> Mapping[str, Any]:
-    """The best point by its "value"; of equals the one tried first, so the search moves only where it gains.
+    """The point with the best "value", in whichever order they were tried.
 
-    The first round is in rising order, so of equal single coefficients the smaller wins.
+    Of equals the smaller coefficient wins, then the factors nearest to 1: the search moves only where it gains.
     """
-    return min(tried, key=lambda point: -point["value"] if higher_is_better else point["value"])
+
+    def rank(point: Mapping[str, Any]) -> tuple[Any, ...]:
+        value, factors = point["value"], sorted(point["factors"].items())
+        deviation = sum(abs(factor - 1) for _, factor in factors)
+        return (-value if higher_is_better else value, point["scaling"], deviation, factors)
+
+    return min(tried, key=rank)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from lors.errors import ConfigError, CorpusError
+from lors.scaling import choose, higher_is_better, part_of, propose
 from lors.stages.common import VECTOR, Report, load, use
-from lors.stages.validating import mean_losses, validation_error
+from lors.stages.validating import validation_values
 from lors.store import write_json
 
 __all__ = [
@@ -54,16 +59,13 @@ def combine_task_vectors(
 ) -> dict[str, Any]:
     """The experts' task vectors as one, before the scaling coefficient."""
     from lors.checkpoint import Checkpoint
-    from lors.delta_file import DeltaFile, write_dense
-    from lors.merging.engine import Merger
-    from lors.merging.recipe import Recipe
+    from lors.delta_file import write_dense
 
+    use(threads)
     base = Checkpoint(places["base"])
-    vectors = {expert: DeltaFile(Path(folder) / VECTOR) for expert, folder in inputs.items()}
-    recipe = Recipe.model_validate(settings["recipe"])
-    with Merger(base, vectors, recipe, settings["weights"], workers=threads, scratch=Path(out)) as merger:
-        write_dense(Path(out) / VECTOR, merger.deltas(), base_digest=base.digest())
-    return {"experts": len(vectors)}
+    with _combined(base, inputs, settings["recipe"], settings["weights"], threads, Path(out)) as deltas:
+        write_dense(Path(out) / VECTOR, deltas, base_digest=base.digest())
+    return {"experts": len(inputs)}
 
 
 def score_scaling(
@@ -75,28 +77,65 @@ def score_scaling(
     report: Report,
     **_: Any,
 ) -> dict[str, Any]:
-    """One point of the search: the error of base + scaling * combined on the validation splits."""
+    """One point of the search: the metric of the model with these coefficients, on the validation splits.
+
+    A point of a coordinate starts from the best so far; one that the search has met before is not scored again.
+    """
+    tried, known = {"scaling": settings.get("scaling"), "factors": settings.get("factors")}, None
+    if (coordinate := settings.get("coordinate")) is not None:
+        best = _scaling(inputs["best"])
+        tried = propose(best, coordinate, settings["factor"])
+        known = next((point["values"] for point in best["points"] if all(point[k] == tried[k] for k in tried)), None)
+    values = known or _validated(tried, settings, inputs, places, out, threads, report)
+    row = {**tried, "coordinate": coordinate, "value": fmean(values.values()), "values": values}
+    write_json(Path(out) / "point.json", row)
+    return {"value": row["value"]}
+
+
+def _validated(
+    tried: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    places: Mapping[str, Any],
+    out: str,
+    threads: int,
+    report: Report,
+) -> dict[str, float]:
+    """The metric by `language-task`."""
     from lors.speech.corpus import read_split
 
-    model, processor = _load_merged(places["base"], inputs["combined"], settings, threads)
-    measure = mean_losses if settings["metric"] == "loss" else validation_error
-    errors: dict[str, float] = {}
+    model, processor = load_merged(places["base"], inputs, settings, tried, threads, Path(out))
+    metric, values = settings["metric"], dict[str, float]()
     for number, language in enumerate(settings["languages"]):
         utterances = read_split(Path(inputs[f"corpus-{language}"]) / "validation.parquet")
-        errors |= measure(model, processor, utterances, language, settings)
+        values |= validation_values(metric, model, processor, utterances, language, settings)
         report({"done": number + 1, "total": len(settings["languages"]), "unit": "languages"})
-    row = {"scaling": settings["scaling"], "error": sum(errors.values()) / len(errors), "errors": errors}
-    write_json(Path(out) / "point.json", row)
-    return {"error": row["error"]}
+    if not values:
+        raise CorpusError(
+            f"the search by {metric} finds no reference in the validation splits of {', '.join(settings['languages'])} "
+            f"for {' and '.join(settings['tasks'])}: give them some, or set another merge.scaling.metric"
+        )
+    for of, value in values.items():
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"the {metric} of {of} is {value} with the scaling coefficient {tried['scaling']:g}{_said(tried)}: "
+                "leave so large a coefficient out of the search"
+            )
+    return values
 
 
 def select_scaling(settings: Mapping[str, Any], inputs: Mapping[str, str], out: str, **_: Any) -> dict[str, Any]:
-    """The scaling coefficient with the least validation error (the smaller of equals), or the one that was set."""
-    points = [json.loads((Path(folder) / "point.json").read_text()) for folder in inputs.values()]
-    chosen = settings["scaling"] if not points else min(points, key=lambda p: (p["error"], p["scaling"]))["scaling"]
-    curve = sorted(points, key=lambda p: float(p["scaling"]))
-    write_json(Path(out) / "scaling.json", {"scaling": chosen, "points": curve})
-    return {"scaling": chosen}
+    """The best of the points so far, or the coefficient that was set; and all points in the order tried."""
+    metric = settings["metric"]
+    higher = metric is not None and higher_is_better(metric)
+    points = _scaling(inputs["best"])["points"] if "best" in inputs else []
+    new = sorted((name for name in inputs if name != "best"), key=lambda name: int(name.removeprefix("point-")))
+    points += [json.loads((Path(inputs[name]) / "point.json").read_text()) for name in new]
+    best = choose(points, higher) if points else {"scaling": settings["scaling"], "factors": {}}
+    chosen = {name: best[name] for name in ("scaling", "factors")}
+    curve = {**chosen, "metric": metric, "higher_is_better": higher, "points": points}
+    write_json(Path(out) / "scaling.json", curve)
+    return chosen
 
 
 def write_model(
@@ -105,6 +144,7 @@ def write_model(
     places: Mapping[str, Any],
     digests: Mapping[str, str],
     out: str,
+    threads: int,
     **_: Any,
 ) -> dict[str, Any]:
     """The merged model: a complete Hugging Face folder in the base's dtypes."""
@@ -112,38 +152,95 @@ def write_model(
     from lors.merging import get_method
     from lors.model_writer import write_model_folder
 
-    scaling = json.loads((Path(inputs["scaling"]) / "scaling.json").read_text())["scaling"]
+    use(threads)
+    found = _scaling(inputs["scaling"])
+    chosen = {name: found[name] for name in ("scaling", "factors")}
     method = get_method(settings["method"])
-    base = Checkpoint(places["base"])
     written = write_model_folder(
         Path(out),
-        base,
-        _merged(places["base"], inputs["combined"], {**settings, "scaling": scaling}),
+        Checkpoint(places["base"]),
+        _merged(places["base"], inputs, settings, chosen, threads, Path(out).parent),
         title=f"Merged by {method.name}",
-        text=f"`{method.formula}` with scaling coefficient {scaling:g} ({method.reference}).",
-        provenance={"method": method.name, "scaling": scaling, "digests": dict(digests)},
+        text=f"`{method.formula}` with scaling coefficient {chosen['scaling']:g}{_said(chosen)} ({method.reference}).",
+        provenance={"method": method.name, **chosen, "digests": dict(digests)},
     )
-    return {"scaling": scaling, "parameters": written.parameters}
+    return {"scaling": chosen["scaling"], "parameters": written.parameters}
 
 
-def _load_merged(base: str, combined: str, settings: Mapping[str, Any], threads: int) -> tuple[Any, Any]:
+def _scaling(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(folder) / "scaling.json").read_text())
+    return found
+
+
+def _said(chosen: Mapping[str, Any]) -> str:
+    """Such as `, times 1.25 for encoder`."""
+    return "".join(f", times {factor:g} for {name}" for name, factor in chosen["factors"].items())
+
+
+def load_merged(
+    base: str,
+    inputs: Mapping[str, str],
+    settings: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    threads: int,
+    scratch: Path,
+) -> tuple[Any, Any]:
     """What `load` gives of the folder that `write_model` makes, without writing it."""
     model, processor = load(base, threads)
-    merged = {name: tensor.float() for name, tensor in _merged(base, combined, settings)}
+    merged = {name: tensor.float() for name, tensor in _merged(base, inputs, settings, chosen, threads, scratch)}
     odd = model.load_state_dict(merged, strict=False).unexpected_keys
     assert not odd, f"the search would score a model without its merged {odd[0]}"
     return model, processor
 
 
-def _merged(base: str, combined: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, base + scaling * delta in the base's dtype) for every float tensor: the search and the result share it."""
+def _merged(
+    base: str,
+    inputs: Mapping[str, str],  # `combined`; or `vector-ID` of each expert, where they have factors
+    settings: Mapping[str, Any],
+    chosen: Mapping[str, Any],  # {"scaling", "factors"}
+    threads: int,
+    scratch: Path,
+) -> Iterator[tuple[str, Any]]:
+    """(name, base + scaling * delta in the base's dtype) for every float tensor: the search and the result share it.
+
+    A group that was given a coefficient of its own keeps it.
+    """
     from lors.checkpoint import Checkpoint
     from lors.delta_file import DeltaFile
     from lors.merging.recipe import Recipe
     from lors.task_vector import apply
 
-    checkpoint, vector = Checkpoint(base), DeltaFile(Path(combined) / VECTOR)
-    recipe = Recipe(scaling=settings["scaling"], groups=settings["groups"])
-    for name in checkpoint.float_names:
-        scaling = recipe.scaling_of(name, checkpoint.shape(name))
-        yield name, apply(checkpoint.tensor(name), vector.delta(name), scaling)
+    checkpoint, recipe, factors = Checkpoint(base), Recipe(groups=settings["groups"]), chosen["factors"]
+
+    def scaled(deltas: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        for name, delta in deltas:
+            scaling = chosen["scaling"] * factors.get(part_of(name), 1.0)
+            yield name, apply(checkpoint.tensor(name), delta, recipe.scaling_of(name, checkpoint.shape(name), scaling))
+
+    if "combined" in inputs:
+        vector = DeltaFile(Path(inputs["combined"]) / VECTOR)
+        yield from scaled((name, vector.delta(name)) for name in checkpoint.float_names)
+    else:
+        weights = {expert: weight * factors.get(expert, 1.0) for expert, weight in settings["weights"].items()}
+        vectors = {expert: inputs[f"vector-{expert}"] for expert in weights}
+        with _combined(checkpoint, vectors, settings["recipe"], weights, threads, scratch) as deltas:
+            yield from scaled(deltas)
+
+
+@contextmanager
+def _combined(
+    base: Any,  # a Checkpoint
+    folders: Mapping[str, str],  # of the task vectors, by expert
+    recipe: Mapping[str, Any],
+    weights: Mapping[str, float],
+    threads: int,
+    scratch: Path,
+) -> Iterator[Iterator[tuple[str, Any]]]:
+    """(name, combined delta) for every float tensor; a vector that was pruned before is taken as it is."""
+    from lors.delta_file import DeltaFile
+    from lors.merging.engine import Merger
+    from lors.merging.recipe import Recipe
+
+    vectors = {expert: DeltaFile(Path(folder) / VECTOR) for expert, folder in folders.items()}
+    with Merger(base, vectors, Recipe.model_validate(recipe), weights, workers=threads, scratch=scratch) as merger:
+        yield merger.deltas()
