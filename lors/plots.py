@@ -1,17 +1,14 @@
-"""A line chart as a standalone SVG image, for where no page's style reaches. No torch here."""
+"""Charts as standalone SVG images, for where no page's style reaches. No torch here."""
 
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from typing import Any
 
-__all__ = ["as_data_uri", "line_chart"]
+from lors.drawing import Mark, Span, line_plot, span_bars, standalone
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 320, 64, 44, 28, 16
-_COLOURS = ("#0b57a4", "#b3261e", "#2e7d32", "#7a1fa2")
-_POINTS = 300
+__all__ = ["as_data_uri", "line_chart", "recovery_bars", "recovery_chart", "scaling_chart", "scaling_lines"]
 
 
 def line_chart(
@@ -21,36 +18,59 @@ def line_chart(
     x_label: str,
 ) -> str:
     """One SVG document with axes and a legend; long series are drawn as means of neighbouring points."""
-    drawn = {name: _thinned([p for p in points if math.isfinite(p[1])]) for name, points in series.items()}
-    drawn = {name: points for name, points in drawn.items() if points}
-    xs = [x for points in drawn.values() for x, _ in points] or [0.0]
-    ys = [y for points in drawn.values() for _, y in points] or [0.0]
-    x_low, x_high, y_low, y_high = min(xs), max(xs), min(ys), max(ys)
+    return standalone(line_plot(series, x_label, about=f"{', '.join(series)} by {x_label}"))
 
-    def place(x: float, y: float) -> str:
-        across = (x - x_low) / ((x_high - x_low) or 1.0)
-        up = (y - y_low) / ((y_high - y_low) or 1.0)
-        left, top = _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _BOTTOM - _TOP)
-        return f"{left:.1f},{top:.1f}"
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
-        'font-size="12"><rect width="100%" height="100%" fill="#fff"/>',
-        f'<path d="M{_LEFT} {_TOP}V{_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}" fill="none" stroke="#888"/>',
+def recovery_chart(summary: Mapping[str, Any]) -> str:
+    """One SVG document: recovery by system with its interval, from summary.json."""
+    return standalone(recovery_bars(summary))
+
+
+def scaling_chart(
+    curves: Mapping[str, Mapping[str, Any]],  # scaling.json by merging method, those of one metric
+) -> str:
+    """One SVG document: what every point of the searches was worth, the chosen one filled."""
+    return standalone(scaling_lines(curves))
+
+
+def recovery_bars(summary: Mapping[str, Any]) -> str:
+    """The image of `recovery_chart` for a page with its own style. Systems without recovery are left out."""
+    spans = [
+        Span(name, own["recovery"], own.get("recovery_low"), own.get("recovery_high"))
+        for name, own in summary["systems"].items()
+        if own.get("recovery") is not None and name not in ("base", "experts")
     ]
-    for x, anchor in ((x_low, "start"), (x_high, "end")):
-        left = place(x, y_low).split(",")[0]
-        parts.append(f'<text x="{left}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="{anchor}">{x:g}</text>')
-    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
-    for y in (y_low, y_high):
-        height = place(x_low, y).split(",")[1]
-        parts.append(f'<text x="{_LEFT - 6}" y="{height}" text-anchor="end">{y:.4g}</text>')
-    for number, (name, points) in enumerate(drawn.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        path = " ".join(place(x, y) for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{_LEFT + 8 + 150 * number}" y="18" fill="{colour}">{escape(name)}</text>')
-    return "".join([*parts, "</svg>"])
+    told = ", ".join(f"{span.name} {span.value:.2f}" for span in spans)
+    return span_bars(spans, "recovery", about=f"Recovery: {told}", lines={0.0: "base", 1.0: "experts"})
+
+
+def scaling_lines(curves: Mapping[str, Mapping[str, Any]]) -> str:
+    """The image of `scaling_chart` for a page with its own style; searches without points are left out."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    marks: list[Mark] = []
+    for name, curve in curves.items():
+        if not curve["points"]:
+            continue
+        chosen = (curve["scaling"], curve.get("factors") or {})
+        points = [point for point in curve["points"] if point.get("coordinate") is None]
+        lines[name] = sorted((point["scaling"], _value(point)) for point in points)
+        for point in curve["points"]:
+            at, factors = point.get("coordinate"), point.get("factors") or {}
+            told = ", ".join(f"{part} × {factor:g}" for part, factor in factors.items())
+            title = f"{name} at {point['scaling']:g}{f' ({told})' if told else ''}: {_value(point):.4g}"
+            x = point["scaling"] * (1.0 if at is None else factors.get(at, 1.0))
+            marks.append(Mark(name, x, _value(point), title, (point["scaling"], factors) == chosen))
+    drawn = [curve for curve in curves.values() if curve["points"]]
+    metric = ", ".join(dict.fromkeys(curve.get("metric", "score") for curve in drawn))
+    better = "higher" if any(curve.get("higher_is_better") for curve in drawn) else "lower"
+    about = "; ".join(f"{name} chooses {curves[name]['scaling']:g}" for name in lines)
+    return line_plot(
+        lines,
+        "scaling coefficient",
+        f"validation {metric}, {better} is better",
+        about=f"Validation by scaling coefficient: {about}",
+        marks=marks,
+    )
 
 
 def as_data_uri(svg: str) -> str:
@@ -58,7 +78,6 @@ def as_data_uri(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    size = math.ceil(len(points) / _POINTS) or 1
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+def _value(point: Mapping[str, Any]) -> float:
+    """Of a point; runs before there were other metrics called it error."""
+    return float(point["value"] if "value" in point else point["error"])

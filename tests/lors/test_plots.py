@@ -6,10 +6,12 @@ import base64
 import math
 from xml.etree import ElementTree
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lors.plots import as_data_uri, line_chart
+from lors.drawing import ticks
+from lors.plots import as_data_uri, line_chart, recovery_chart, scaling_chart
 
 POINTS = st.lists(st.tuples(st.integers(0, 10**6), st.floats(width=32)), max_size=50)
 NAMESPACE = "{http://www.w3.org/2000/svg}"
@@ -40,3 +42,42 @@ def test_long_series_are_drawn_as_means() -> None:
     (line,) = lines(line_chart({"loss": [(x, float(x % 2)) for x in range(10_000)]}, "step"))
     assert 100 < len(line) <= 300
     assert len({y for _, y in line}) == 1  # every mean of an even number of neighbours is one half
+
+
+def test_recovery_is_as_long_as_it_is() -> None:
+    systems = {
+        "base": {"recovery": 0.0},
+        "lors": {"recovery": 0.5, "recovery_low": 0.25, "recovery_high": 0.75},
+        "<ties>": {"recovery": 0.25},
+        "worse": {"recovery": -0.25},
+        "unknown": {"recovery": None},
+    }
+    root = ElementTree.fromstring(recovery_chart({"systems": systems}))
+    bars = [bar for bar in root.iter(f"{NAMESPACE}rect") if bar.attrib.get("class") == "key"]
+    titles = [bar.findtext(f"{NAMESPACE}title") for bar in bars]
+    assert titles == ["lors: 0.50 (0.25 to 0.75)", "<ties>: 0.25", "worse: -0.25"]
+    long, short, back = (float(bar.attrib["width"]) for bar in bars)
+    assert long == pytest.approx(2 * short, abs=0.2)
+    assert back == pytest.approx(short, abs=0.2)
+    assert float(bars[2].attrib["x"]) + back == pytest.approx(float(bars[0].attrib["x"]), abs=0.2)
+
+
+def test_the_chosen_point_of_a_search_is_filled() -> None:
+    point = {"scaling": 0.3, "factors": {}, "coordinate": None, "value": 35.0}
+    by_part = {"scaling": 0.3, "factors": {"encoder": 2.0}, "coordinate": "encoder", "value": 34.0}
+    curve = {"scaling": 0.3, "factors": {"encoder": 2.0}, "metric": "wer", "points": [point, by_part]}
+    old = {"scaling": 0.1, "points": [{"scaling": 0.1, "error": 40.0}, {"scaling": 0.6, "error": 41.0}]}
+    root = ElementTree.fromstring(scaling_chart({"lors": curve, "old": old, "none": {"scaling": 1.0, "points": []}}))
+    titles = {c.findtext(f"{NAMESPACE}title"): c for c in root.iter(f"{NAMESPACE}circle")}
+    filled = [title for title, circle in titles.items() if circle.attrib["class"] == "key"]
+    assert filled == ["lors at 0.3 (encoder × 2): 34", "old at 0.1: 40"]
+    at = {title: float(circle.attrib["cx"]) for title, circle in titles.items()}
+    assert at["lors at 0.3 (encoder × 2): 34"] == at["old at 0.6: 41"]  # 2 times 0.3
+    assert "none" not in {text.text for text in root.iter(f"{NAMESPACE}text")}
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_round_and_inside(low: float, width: float) -> None:
+    found = ticks(low, low + width)
+    assert 1 <= len(found) <= 8
+    assert all(low - 1e-6 * width - 1e-9 * abs(low) <= x <= low + width * (1 + 1e-6) + 1e-9 * abs(low) for x in found)
