@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import pandas as pd
-
+from lors import load_results
 from lors.scoring.metrics import main_metric
+from lors.scoring.results import main_rows
 
 
 def main(output: Path) -> None:
@@ -16,7 +16,7 @@ def main(output: Path) -> None:
 
     Experts have none for a guard language.
     """
-    results = pd.read_csv(output / "results.csv")
+    results = main_rows(load_results(output))
     systems = json.loads((output / "summary.json").read_text("utf-8"))["systems"]
     columns = sorted({(row.task, row.language) for row in results.itertuples()})
     heads = [f"{language} {main_metric(task, language).upper()}" for task, language in columns]
@@ -26,7 +26,7 @@ def main(output: Path) -> None:
         cells = [system]
         for task, language in columns:
             chosen = (results.system == system) & (results.language == language)
-            rows = results[chosen & (results.metric == main_metric(task, language))].itertuples()
+            rows = results[chosen & (results.task == task)].itertuples()
             cells += [f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f})" for row in rows] or ["-"]
         cells.append("-" if means["recovery"] is None else f"{means['recovery']:.2f}")
         print("| " + " | ".join(cells) + " |")

@@ -1,5 +1,5 @@
-"""The command line: `lors run | plan | doctor`, and those of `flows.data` and `flows.checkpoints`. Only `run` imports
-Prefect."""
+"""The command line: `lors run | sweep | plan | doctor`, and those of the other modules here. Only `run` and `sweep`
+import Prefect."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import checkpoints, data
+from flows import checkpoints, data, evaluation
 from lors.errors import InputError, LorsError
+
+if TYPE_CHECKING:
+    from lors.config import Experiment
+    from lors.sweep import Variant
 
 __all__ = ["main"]
 
@@ -92,6 +96,16 @@ def _parser() -> argparse.ArgumentParser:
             help="change a setting, as in prune.density=0.2",
         )
 
+    def add_grid(made: Any, required: bool) -> None:
+        made.add_argument(
+            "--grid",
+            action="append",
+            default=[],
+            required=required,
+            metavar="KEY=VALUE,VALUE",
+            help="the values of a setting, as in prune.rank_ratio=0.05,0.1; every combination of several",
+        )
+
     run = add(
         "run",
         _run,
@@ -99,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
         "lors run deployments/demo.yaml --set prune.rank_ratio=0.2",
     )
     add_experiment(run)
+    sweep = add(
+        "sweep",
+        _sweep,
+        "Run an experiment once for every combination of some settings; what they have in common is computed once.",
+        "lors sweep deployments/demo.yaml --grid prune.rank_ratio=0.02,0.05,0.1 --grid prune.density=0.05,0.1",
+        "lors sweep deployments/demo.yaml --grid prune.composition=additive,sequential --set 'seeds=[0, 1, 2]'",
+    )
+    add_experiment(sweep)
+    add_grid(sweep, required=True)
     plan = add(
         "plan",
         _plan,
@@ -106,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "lors plan deployments/demo.yaml --set prune.rank_ratio=0.2",
     )
     add_experiment(plan)
+    add_grid(plan, required=False)
     doctor = add(
         "doctor",
         _doctor,
@@ -114,26 +138,82 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("file", type=Path, metavar="FILE", nargs="?", help="check what this experiment needs, too")
     data.add_commands(add)
+    evaluation.add_commands(add)
     checkpoints.add_commands(add)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
-    from lors.config import load_experiment
-    from lors.outputs import require_writable
-    from lors.pipeline import build_steps, plan
-    from lors.store import Store
+    from lors.sweep import seed_variants
 
-    experiment = load_experiment(options.file, options.set)
-    for folder in (experiment.output, experiment.store):
+    experiment = _experiment(options)
+    variants = seed_variants(experiment)
+
+    def flow() -> dict[str, Any]:
+        from flows.pipeline import full_pipeline
+
+        result: dict[str, Any] = full_pipeline(experiment)
+        return result
+
+    result, steps = _under_prefect(variants, experiment.output, flow)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print((experiment.output / "table.md").read_text("utf-8").strip())
+        print(f"\n{len(result['computed'])} steps computed, {steps - len(result['computed'])} cached.")
+        models = experiment.output / "model" if experiment.seeds is None else "a folder for each seed"
+        print(f"The merged model is in {models}, all results in {experiment.output}, for people in report.html.")
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from lors.sweep import parse_grid, variants
+
+    experiment = _experiment(options)
+    found = variants(options.file, options.set, parse_grid(options.grid))
+
+    def flow() -> dict[str, Any]:
+        from flows.pipeline import sweep
+
+        result: dict[str, Any] = sweep(found, experiment.output)
+        return result
+
+    result, steps = _under_prefect(found, experiment.output, flow)
+    if options.json:
+        means = json.loads((experiment.output / "sweep.json").read_text("utf-8"))["means"]
+        print(json.dumps({**result, "means": means}, indent=2))
+    else:
+        print((experiment.output / "table.md").read_text("utf-8").strip())
+        computed = len(result["computed"])
+        print(f"\n{len(found)} variants: {computed} steps computed, {steps - computed} cached.")
+        print(f"Each has a folder in {experiment.output}; results.csv and report.html there hold them side by side.")
+    return 0
+
+
+def _experiment(options: argparse.Namespace) -> Experiment:
+    from lors.config import load_experiment
+
+    return load_experiment(options.file, options.set)
+
+
+def _under_prefect(
+    variants: Sequence[Variant], output: Path, flow: Callable[[], dict[str, Any]]
+) -> tuple[dict[str, Any], int]:
+    """What a flow returns, run with progress; and how many steps there are."""
+    from lors.outputs import require_writable
+    from lors.pipeline import plan
+    from lors.store import Store
+    from lors.sweep import build_variants
+
+    for folder in (output, variants[0].experiment.store):
         require_writable(folder)
-    store = Store(experiment.store)
-    planned = plan(build_steps(experiment, store), store)
+    store = Store(variants[0].experiment.store)
+    steps, _ = build_variants(variants, store)
+    planned = plan(steps, store)
 
     from flows.prefect_environment import connect, prepare
 
     prepare(store.root)
-    from flows.pipeline import full_pipeline
     from flows.progress import RunProgress
     from tasks.runtime import LISTENERS
 
@@ -143,27 +223,20 @@ def _run(options: argparse.Namespace) -> int:
         progress.say(f"Prefect's API is there after {time.monotonic() - started:.1f} s")
         LISTENERS.append(progress)
         try:
-            result = full_pipeline(experiment)
+            return flow(), len(planned)
         finally:
             LISTENERS.remove(progress)
             gc.freeze()  # or Python walks all of Prefect's objects several times as it ends, for more than a second
-    if options.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print((experiment.output / "table.md").read_text("utf-8").strip())
-        print(f"\n{len(result['computed'])} steps computed, {len(planned) - len(result['computed'])} cached.")
-        print(f"The merged model is in {experiment.output / 'model'}, all results in {experiment.output}.")
-    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from lors.config import load_experiment
-    from lors.pipeline import build_steps, plan
+    from lors.pipeline import plan
     from lors.store import Store
+    from lors.sweep import build_variants, parse_grid, variants
 
-    experiment = load_experiment(options.file, options.set)
-    store = Store(experiment.store)
-    planned = plan(build_steps(experiment, store), store)
+    store = Store(_experiment(options).store)
+    steps, _ = build_variants(variants(options.file, options.set, parse_grid(options.grid)), store)
+    planned = plan(steps, store)
     if options.json:
         rows = [
             {"name": p.step.name, "stage": p.step.stage, "cached": p.cached, "reason": p.reason, "seconds": p.seconds}

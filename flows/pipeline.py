@@ -1,31 +1,35 @@
-"""The flows: one expert, the baselines, merging and evaluation, the whole pipeline. Importing this imports Prefect."""
+"""The flows: one expert, the baselines, merging and evaluation, the whole pipeline, a sweep. Importing this imports
+Prefect."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lors.report import write_report
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, wait
 from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.artifacts import create_run_artifacts
 from flows.prefect_environment import settle
 from lors.config import Experiment
 from lors.errors import InputError, LorsError, StepFailedError
 from lors.isolate import Slots
-from lors.outputs import publish, require_writable
+from lors.outputs import publish, publish_sweep, require_writable
 from lors.pipeline import Step, Workspace, build_steps, plan
 from lors.resources import shares
 from lors.store import Artifact, Store
+from lors.sweep import Variant, build_variants, seed_variants
 from tasks.runtime import Runtime, use
 from tasks.steps import task_for
 
-__all__ = ["full_pipeline", "merge_and_evaluate", "train_baselines", "train_expert"]
+__all__ = ["full_pipeline", "merge_and_evaluate", "sweep", "train_baselines", "train_expert"]
 
 # A submitted step holds a thread while it waits for its inputs; the child processes, far fewer, do the work.
 _RUNNER: Any = ThreadPoolTaskRunner(max_workers=1024)
@@ -41,8 +45,18 @@ Futures = dict[str, PrefectFuture[Any]]
 def full_pipeline(experiment: Experiment) -> dict[str, Any]:
     """Data, experts, task vectors, pruning, merging, evaluation: computes what is not in the store yet."""
     with _runtime(experiment) as runtime:
-        steps = build_steps(experiment, runtime.workspace.store)
-        return _run_and_publish(experiment, steps, runtime)
+        return _run_and_publish(seed_variants(experiment), experiment.output, runtime)
+
+
+@flow(
+    name="sweep",
+    flow_run_name="sweep {output}",
+    task_runner=_RUNNER,
+)
+def sweep(variants: list[Variant], output: Path) -> dict[str, Any]:
+    """Variants of one experiment as one graph; what they have in common is computed once. Writes no models."""
+    with _runtime(variants[0].experiment) as runtime:
+        return _run_and_publish(variants, output, runtime, models=False)
 
 
 @flow(
@@ -88,14 +102,15 @@ def merge_and_evaluate(experiment: Experiment) -> dict[str, Any]:
     """From experts that are in the store already: merge, search the scaling, evaluate all systems, write the output."""
     with _runtime(experiment) as runtime:
         store = runtime.workspace.store
-        steps = build_steps(experiment, store)
+        variants = seed_variants(experiment)
+        steps, _ = build_variants(variants, store)
         for planned in plan(steps, store):
             if planned.step.stage == "fine_tune" and not planned.cached:
                 raise InputError(
                     f"the model of `{planned.step.name}` is not in the store {store.root}: run train-expert (or "
                     "train-baselines) first, or the full pipeline"
                 )
-        return _run_and_publish(experiment, steps, runtime)
+        return _run_and_publish(variants, experiment.output, runtime)
 
 
 @contextmanager
@@ -152,11 +167,23 @@ def _raise_first_failure(futures: Futures) -> None:
             raise StepFailedError(f"{name} did not run ({future.state.name}); run the same command again")
 
 
-def _run_and_publish(experiment: Experiment, steps: Mapping[str, Step], runtime: Runtime) -> dict[str, Any]:
+def _run_and_publish(
+    variants: Sequence[Variant], output: Path, runtime: Runtime, *, models: bool = True
+) -> dict[str, Any]:
+    started, store = time.monotonic(), runtime.workspace.store
+    steps, called = build_variants(variants, store)
     artifacts = _run(steps, steps, runtime)
-    summary = publish(experiment, steps, artifacts, runtime.computed, runtime.workspace.store)
-    table = (experiment.output / "table.md").read_text("utf-8")
-    create_markdown_artifact(
-        key="lors-results", markdown=f"{table}\n\nOutput: `{experiment.output}`", description="WER, BLEU and recovery"
-    )
-    return {"output": str(experiment.output), "systems": summary["systems"], "computed": sorted(runtime.computed)}
+    seconds = round(time.monotonic() - started, 1)
+    summaries = []
+    for variant, names in zip(variants, called, strict=True):
+        own = {name: steps[there] for name, there in names.items()}
+        found = {name: artifacts[there] for name, there in names.items()}
+        computed = {name for name, there in names.items() if there in runtime.computed}
+        experiment = variant.experiment
+        summaries.append(publish(experiment, own, found, computed, store, seconds=seconds, models=models))
+        write_report([experiment.output], experiment.output / "report.html")
+    if variants[0].experiment.output != output:
+        publish_sweep(output, list(zip(variants, summaries, strict=True)))
+        write_report([output], output / "report.html")
+    create_run_artifacts(output)
+    return {"output": str(output), "systems": summaries[0]["systems"], "computed": sorted(runtime.computed)}

@@ -34,6 +34,7 @@ __all__ = [
     "ScalingSearch",
     "load_experiment",
     "parse_experiment",
+    "put",
 ]
 
 
@@ -97,6 +98,7 @@ class Merge(Section):
         return self
 
 
+_TASK_OF = {"wer": "transcribe", "cer": "transcribe", "bleu": "translate", "chrf": "translate"}
 _SEARCHED = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
@@ -240,12 +242,24 @@ class Experiment(Section):
         return self
 
     def _check_searches(self) -> None:
-        """That methods are compared at equal search budgets."""
+        """That each search can decide, and that methods are compared at equal search budgets."""
+        from lors.merging.registry import METHODS
         from lors.scaling import points
 
         counts: dict[str, int] = {}
         for method in self.systems:
             if (search := self.search(method)) is not None:
+                task = _TASK_OF.get(search.metric)
+                if task is not None and task not in self.tasks:
+                    raise ValueError(
+                        f"merge.scaling: the search of {method} by {search.metric} needs the task {task}: add it to "
+                        "`tasks`, or search by score or loss"
+                    )
+                if search.per == "expert" and METHODS[method].combine.kind in ("slerp", "model_stock"):
+                    raise ValueError(
+                        f"merge.scaling: {method} gives the experts no merge weights, so it cannot be searched per "
+                        "expert: search it per model or part"
+                    )
                 counts[method] = points(search, [expert.id for expert in self.experts])
         first = next(iter(counts), None)
         for method, count in counts.items():
@@ -353,7 +367,7 @@ def load_experiment(path: Path, changes: Sequence[str] = ()) -> Experiment:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no settings: it must be a mapping that starts like `base: starter`")
     for change in changes:
-        _put(data, change)
+        put(data, change)
     return parse_experiment(data, str(path))
 
 
@@ -365,7 +379,8 @@ def parse_experiment(data: Mapping[str, Any], origin: str = "the experiment") ->
         raise ConfigError(f"{origin}: {_sentence(error.errors(), data)}") from error
 
 
-def _put(data: dict[str, Any], change: str) -> None:
+def put(data: dict[str, Any], change: str) -> None:
+    """Put one `key=value` (a dotted key, a YAML value) into plain settings; raises ConfigError."""
     key, equals, text = change.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {change!r} is not key=value, such as prune.rank_ratio=0.2")

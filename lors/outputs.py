@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import io
+import json
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ from lors.config import Experiment
 from lors.errors import InputError
 from lors.model_folder import read_json
 from lors.pipeline import Step
-from lors.speech.corpus import SPLITS
 from lors.store import Artifact, Store, file_digest, storage_errors, write_json
+from lors.sweep import Variant, sweep_table
+from lors.training.settings import LOG
 
-__all__ = ["publish", "require_writable"]
+__all__ = ["publish", "publish_scores", "publish_sweep", "require_writable"]
 
 _PACKAGES = tuple("lors torch transformers prefect datasets safetensors jiwer sacrebleu numpy scipy".split())
 
@@ -41,14 +45,71 @@ def publish(
     artifacts: Mapping[str, Artifact],
     computed: Collection[str],
     store: Store,
+    *,
+    seconds: float | None = None,
+    models: bool = True,
 ) -> dict[str, Any]:
     """Write everything of DESIGN's output from the store; returns the content of summary.json, written last.
 
-    `computed` names the steps that this run computed. Files that are there already with the right
-    content are left alone. The table is in `table.md` too.
+    `computed` names the steps that this run computed, in `seconds` by the clock. Files that are there already with the
+    right content are left alone. Without `models`, no merged model and no compact experts.
     """
     output, method = experiment.output, experiment.merge.method
     scores = store.path(artifacts["score systems"])
+    common = publish_scores(output, steps, artifacts, computed, store, seconds=seconds)
+    with storage_errors(output):
+        experts = {
+            f"{expert.id}.safetensors": store.path(artifacts[step]) / "task_vector.safetensors"
+            for expert in experiment.experts
+            if (step := f"prune {expert.id}") in steps
+        }
+        written = store.path(artifacts[f"write {method}"])
+        sizes = {
+            "model": sum(path.stat().st_size for path in written.glob("*.safetensors")),
+            "experts": {name.removesuffix(".safetensors"): path.stat().st_size for name, path in experts.items()},
+        }
+        kept = experts if models else {}
+        for name, path in kept.items():
+            _copy(path, output / "experts" / name, store)
+        _prune_folder(output / "experts", set(kept))
+        if models:
+            _publish_model(store, artifacts[f"write {method}"], output / "model", _card(experiment, scores))
+        (output / "training.csv").write_text(_training(steps, artifacts, store), "utf-8")
+        if experiment.diagnose:
+            _copy(store.path(artifacts["diagnose experts"]) / "diagnosis.json", output / "diagnosis.json", store)
+        else:
+            (output / "diagnosis.json").unlink(missing_ok=True)
+        summary = {
+            **common,
+            "model": f"{method}, in model/" if models else None,
+            "sizes": sizes,
+            "scaling": artifacts[f"select scaling {method}"].summary["scaling"],
+            "curves": {
+                system: read_json(store.path(artifacts[f"select scaling {system}"]) / "scaling.json")
+                for system in experiment.systems
+            },
+            "seeds": {"finetune": experiment.finetune.seed, "corpora": getattr(experiment.corpora, "seed", None)},
+            "experiment": experiment.model_dump(mode="json"),
+        }
+        write_json(output / "summary.json", summary)
+        store.memo.save()
+    return summary
+
+
+def publish_scores(
+    output: Path,
+    steps: Mapping[str, Step],
+    artifacts: Mapping[str, Artifact],
+    computed: Collection[str],
+    store: Store,
+    *,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Write the tables and the hypotheses of the step `score systems`; returns the part of summary.json that does not
+    depend on what the systems are. Arguments as in `publish`.
+    """
+    scores = store.path(artifacts["score systems"])
+    summary = read_json(scores / "summary.json")
     with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         for name in artifacts["score systems"].files:
@@ -56,51 +117,79 @@ def publish(
                 _copy(scores / name, output / "hypotheses" / name.removeprefix("hypotheses-"), store)
             elif name != "summary.json":
                 _copy(scores / name, output / name, store)
-        _prune_folder(output / "hypotheses", {f"{s}.parquet" for s in read_json(scores / "summary.json")["systems"]})
-        experts = {
-            f"{expert.id}.safetensors": f"prune {expert.id}"
-            for expert in experiment.experts
-            if f"prune {expert.id}" in steps
-        }
-        for name, step in experts.items():
-            _copy(store.path(artifacts[step]) / "task_vector.safetensors", output / "experts" / name, store)
-        _prune_folder(output / "experts", set(experts))
-        _publish_model(store, artifacts[f"write {method}"], output / "model", (scores / "table.md").read_text("utf-8"))
-        summary = {
-            **read_json(scores / "summary.json"),
-            "model": f"{method}, in model/",
-            "scaling": artifacts[f"select scaling {method}"].summary["scaling"],
-            "curves": {
-                system: read_json(store.path(artifacts[f"select scaling {system}"]) / "scaling.json")
-                for system in experiment.systems
-            },
-            "corpora": {
-                language: {
-                    split: artifacts[step].summary
-                    for split in SPLITS
-                    if (step := f"prepare {language} {split}") in artifacts
-                }
-                for language in experiment.spoken
-            },
-            "steps": [
-                {
-                    "name": name,
-                    "stage": step.stage,
-                    "key": artifacts[name].key,
-                    "state": "run" if name in computed else "cached",
-                    "seconds": store.manifest(artifacts[name])["seconds"],
-                }
-                for name, step in steps.items()
-            ],
-            "seeds": {"finetune": experiment.finetune.seed, "corpora": getattr(experiment.corpora, "seed", None)},
-            "digests": {name: artifacts[name].digest for name in steps},
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-            "experiment": experiment.model_dump(mode="json"),
-        }
-        write_json(output / "summary.json", summary)
-        store.memo.save()
-    return summary
+        _prune_folder(output / "hypotheses", {f"{system}.parquet" for system in summary["systems"]})
+    corpora: dict[str, dict[str, Any]] = {}
+    for name, step in steps.items():
+        if step.stage == "prepare_split":
+            corpora.setdefault(step.settings["language"], {})[step.settings["split"]] = artifacts[name].summary
+    return {
+        **summary,
+        "seconds": seconds,
+        "corpora": corpora,
+        "steps": [
+            {
+                "name": name,
+                "stage": step.stage,
+                "key": artifacts[name].key,
+                "state": "run" if name in computed else "cached",
+                "seconds": store.manifest(artifacts[name])["seconds"],
+            }
+            for name, step in steps.items()
+        ],
+        "digests": {name: artifacts[name].digest for name in steps},
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }
+
+
+def publish_sweep(output: Path, found: Sequence[tuple[Variant, Mapping[str, Any]]]) -> None:
+    """What several variants, published already, have side by side: one tidy table of results, one of means."""
+    import pandas as pd
+
+    from lors.scoring.files import load_results, write_results
+
+    frames = []
+    for variant, _ in found:
+        frame = load_results(variant.experiment.output)
+        for place, (name, value) in enumerate(variant.columns.items()):
+            frame.insert(place, name, value if isinstance(value, str | int | float) else json.dumps(value))
+        frames.append(frame)
+    rows, table = sweep_table(found)
+    listed = [
+        {"name": v.name, "folder": v.folder, "changes": v.changes, "seed": v.seed, "summary": summary["systems"]}
+        for v, summary in found
+    ]
+    with storage_errors(output):
+        write_results(pd.concat(frames, ignore_index=True), output)
+        (output / "table.md").write_text(table, "utf-8")
+        write_json(output / "sweep.json", {"variants": listed, "means": rows})
+
+
+_TRAINING = ("step", "loss", "learning_rate", "validation_loss", "validation_score")
+
+
+def _training(steps: Mapping[str, Step], artifacts: Mapping[str, Artifact], store: Store) -> str:
+    """The logs of all trainings as one CSV table."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("model", *_TRAINING))
+    for name, step in steps.items():
+        if step.stage == "fine_tune":
+            log = (store.path(artifacts[name]) / LOG).read_text("utf-8")
+            for entry in map(json.loads, log.splitlines()):
+                table.writerow((name.removeprefix("fine-tune "), *(entry.get(column) for column in _TRAINING)))
+    return text.getvalue()
+
+
+def _card(experiment: Experiment, scores: Path) -> Callable[[str], str]:
+    """What puts the results into a model card."""
+    from lors.model_card import card_with_results
+    from lors.scoring.files import load_results
+
+    summary, results = read_json(scores / "summary.json"), load_results(scores)
+    corpus = {language: experiment.speech_of(language).source for language in experiment.spoken}
+    method = experiment.merge.method
+    return lambda card: card_with_results(card, summary, results, model_name=method, corpus=corpus)
 
 
 def _copy(source: Path, target: Path, store: Store) -> None:
@@ -120,12 +209,10 @@ def _prune_folder(folder: Path, wanted: set[str]) -> None:
             path.unlink()
 
 
-def _publish_model(store: Store, artifact: Artifact, model: Path, table: str) -> None:
+def _publish_model(store: Store, artifact: Artifact, model: Path, with_results: Callable[[str], str]) -> None:
     """The model's folder in one rename, its card with the results; the old one is there until then."""
     source = store.path(artifact)
-    card = (source / "README.md").read_text("utf-8")
-    head, mark, rest = card.partition("## Provenance")
-    card = f"{head}## Results\n\n{table.strip()}\n\n{mark}{rest}"
+    card = with_results((source / "README.md").read_text("utf-8"))
     if model.is_dir() and (model / "README.md").is_file():
         names = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
         same = names == set(artifact.files) and all(

@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lors.config import Experiment, Expert, ScalingSearch
+from lors.config import Evaluate, Experiment, Expert
+from lors.errors import ConfigError
 from lors.isolate import Slots
 from lors.merging.recipe import Recipe
 from lors.merging.registry import METHODS
 from lors.model_folder import folder_digest, resolve_folder
 from lors.prune_settings import PruneSettings
+from lors.scaling import schedule
 from lors.speech.base_model import check_base
 from lors.speech.corpora.sources import describe
 from lors.speech.corpus import SPLITS
@@ -39,10 +41,14 @@ __all__ = [
     "Step",
     "Workspace",
     "build_steps",
+    "comet_digest",
+    "decoding_settings",
+    "model_digest",
     "plan",
     "prepare_step",
     "resolve_base",
     "run_step",
+    "scoring_steps",
 ]
 
 VERSIONS = {
@@ -51,11 +57,13 @@ VERSIONS = {
     "extract_task_vector": 2,
     "prune_task_vector": 2,
     "combine_task_vectors": 2,
-    "score_scaling": 2,
-    "select_scaling": 1,
-    "write_model": 2,
-    "evaluate_model": 1,
-    "score_systems": 2,
+    "score_scaling": 3,
+    "select_scaling": 2,
+    "write_model": 3,
+    "evaluate_model": 2,
+    "score_comet": 1,
+    "score_systems": 3,
+    "diagnose_experts": 1,
 }
 """Raised when the same settings and inputs would give another result."""
 
@@ -128,7 +136,7 @@ def build_steps(experiment: Experiment, store: Store) -> dict[str, Step]:
     """
     base = resolve_base(experiment.base)
     native = check_base(base, experiment.base, experiment.spoken, experiment.tasks)
-    builder = _Builder(experiment, str(base), _base_digest(base, store.memo), native, store)
+    builder = _Builder(experiment, str(base), model_digest(base, store.memo), native, store)
     builder.build()
     store.memo.save()
     return builder.steps
@@ -149,10 +157,10 @@ _TEXT_SIDE = (
 )
 
 
-def _base_digest(base: Path, memo: Memo) -> str:
-    """Of all that shapes an expert: the weights, and the tokenizer, the features and the way of decoding."""
-    digests = [folder_digest(base, memo)]
-    digests += [f"{name} {file_digest(base / name, memo)}" for name in _TEXT_SIDE if (base / name).is_file()]
+def model_digest(folder: Path, memo: Memo) -> str:
+    """Of all that shapes what a model writes: the weights, the tokenizer, the features and the way of decoding."""
+    digests = [folder_digest(folder, memo)]
+    digests += [f"{name} {file_digest(folder / name, memo)}" for name in _TEXT_SIDE if (folder / name).is_file()]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
@@ -181,6 +189,59 @@ def prepare_step(experiment: Experiment, language: str, split: str, native: floa
 
 Corpus = Mapping[str, str]
 """The step that makes each split of a language."""
+
+
+_MODEL = ("*.safetensors", "*.json")
+
+
+def decoding_settings(evaluate: Evaluate, language: str, tasks: Sequence[str], split: str) -> dict[str, Any]:
+    """The settings of an `evaluate_model` step."""
+    own = evaluate.model_dump(include={"backend", "identify"})
+    return {"language": language, "tasks": list(tasks), "split": split, **evaluate.decoding(), **own}
+
+
+def comet_digest(folder: Path, memo: Memo) -> str:
+    """Of a COMET model's files; raises ConfigError where there are none."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in _COMET) if folder.is_dir() else []
+    if not files:
+        raise ConfigError(
+            f"evaluate.comet: the folder {folder} holds no COMET model: docs/evaluation.md says how to make one"
+        )
+    digests = [f"{path.relative_to(folder).as_posix()} {file_digest(path, memo)}" for path in files]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+_COMET = {".json", ".model", ".safetensors", ".txt", ".yaml"}
+
+
+def scoring_steps(evaluations: Mapping[str, str], experiment: Experiment, memo: Memo) -> dict[str, Step]:
+    """The step that scores all systems, after those that score COMET, one for each evaluation.
+
+    `evaluations` has the names of steps by `SYSTEM/LANGUAGE` or `SYSTEM/LANGUAGE-TASK`, in the order of the table.
+    """
+    steps = {}
+    inputs = {role: Source(step, ("hypotheses.parquet",)) for role, step in evaluations.items()}
+    if (comet := experiment.evaluate.comet) is not None and "translate" in experiment.tasks:
+        outside = {"comet": comet_digest(comet, memo)}
+        for role, step in evaluations.items():
+            if not role.endswith("-transcribe"):
+                name = step.replace("evaluate", "score COMET of", 1)
+                steps[name] = Step(
+                    name,
+                    "score_comet",
+                    {},
+                    inputs={"hypotheses": inputs[role]},
+                    outside=outside,
+                    places={"comet": str(comet.absolute())},
+                )
+                inputs[f"comet {role}"] = Source(name)
+    settings = {
+        "normaliser": experiment.evaluate.normaliser,
+        "guard": experiment.evaluate.guard,
+        "order": list(evaluations),
+    }
+    steps["score systems"] = Step("score systems", "score_systems", settings, inputs=inputs)
+    return steps
 
 
 def _parquet(corpus: Corpus, split: str) -> Source:
@@ -213,11 +274,22 @@ class _Builder:
 
         def evaluate(system: str, model: str | None) -> None:
             for language, corpus in {**corpora, **guards}.items():
-                evaluations[f"{system}-{language}"] = self.evaluate(system, model, language, corpus)
+                evaluations[f"{system}/{language}"] = self.evaluate(system, model, language, corpus)
 
         evaluate("base", None)
         for expert in experiment.experts:
-            evaluations[f"experts-{expert.id}"] = self.evaluate_expert(expert, corpora)
+            name = f"evaluate expert {expert.id}"
+            evaluations[f"experts/{expert.id}"] = self.evaluate_expert(
+                name, expert, corpora, {"model": Source(f"fine-tune {expert.id}", _MODEL)}
+            )
+        if "switched" in experiment.baselines:
+            for expert, vector in vectors.items():
+                compact = self.prune(expert, vector, "lors", experiment.prune_for("lors"))
+                name = f"evaluate switched {expert.id}"
+                inputs = {"compact": Source(compact)}
+                evaluations[f"switched/{expert.id}"] = self.evaluate_expert(
+                    name, expert, corpora, inputs, **self.on_base
+                )
         for baseline, model in self.baselines(corpora).items():
             evaluate(baseline, model)
         for method in experiment.systems:
@@ -227,16 +299,10 @@ class _Builder:
                 evaluate(method, self.merge(recipe, pruned, corpora))
             else:
                 evaluate(method, self.merge(recipe, vectors, corpora))
-        self.add(
-            "score systems",
-            "score_systems",
-            {
-                "normaliser": experiment.evaluate.normaliser,
-                "guard": experiment.evaluate.guard,
-                "order": list(evaluations),
-            },
-            inputs={role: Source(step, ("hypotheses.parquet",)) for role, step in evaluations.items()},
-        )
+        self.steps |= scoring_steps(evaluations, experiment, self.store.memo)
+        if experiment.diagnose:
+            inputs = {expert.id: Source(vector) for expert, vector in vectors.items()}
+            self.add("diagnose experts", "diagnose_experts", {}, inputs=inputs, **self.on_base)
 
     def prepare(self, language: str) -> Corpus:
         """The steps that make a language's splits."""
@@ -266,14 +332,15 @@ class _Builder:
             "finetune": finetune.model_copy(update=longer).model_dump(mode="json"),
         }
         if finetune.validation is not None and finetune.validation.metric == "score":
-            settings["evaluate"] = self.experiment.evaluate.model_dump(exclude={"guard"})
+            own = self.experiment.evaluate
+            settings["evaluate"] = {"normaliser": own.normaliser, **own.decoding()}
         inputs = {
             f"{split}-{language}": _parquet(corpora[language], split)
             for language in dict.fromkeys(part.language for part in parts)
             for split in ("train", "validation")
         }
         if start is not None:
-            inputs["start"] = Source(start, ("*.safetensors", "*.json"))
+            inputs["start"] = Source(start, _MODEL)
         where: dict[str, Any] = self.on_base if start is None else {"places": {}}
         if (curves := self.experiment.resources.tensorboard) is not None:
             where["places"]["tensorboard"] = str((curves / name.removeprefix("fine-tune ")).absolute())
@@ -286,7 +353,7 @@ class _Builder:
             f"extract {expert.id}",
             "extract_task_vector",
             {},
-            inputs={"expert": Source(trained, ("*.safetensors", "*.json"))},
+            inputs={"expert": Source(trained, _MODEL)},
             **self.on_base,
             **about,
         )
@@ -329,69 +396,97 @@ class _Builder:
             inputs={expert.id: Source(step) for expert, step in vectors.items()},
             **self.on_base,
         )
-        scaling = experiment.merge.scaling
-        points: dict[str, Source] = {}
-        if isinstance(scaling, ScalingSearch) and METHODS[method].searches_scaling:
-            for value in scaling.search:
-                name = self.add(
-                    f"score {method} at {value:.15g}",
-                    "score_scaling",
-                    {
-                        "scaling": value,
-                        "metric": scaling.metric,
-                        "tasks": experiment.tasks,
-                        "languages": experiment.languages,
-                        **scales,
-                        **experiment.evaluate.model_dump(exclude={"guard"}),
-                    },
-                    inputs={
-                        "combined": Source(combined),
-                        **{f"corpus-{code}": _parquet(corpus, "validation") for code, corpus in corpora.items()},
-                    },
-                    **self.on_base,
-                )
-                points[f"{value:.15g}"] = Source(name)
-            chosen: float | None = None
-        elif isinstance(scaling, ScalingSearch) or not METHODS[method].searches_scaling:
-            chosen = recipe.scaling
+        selected = self.search(recipe, combined, combining, vectors, corpora)
+        settings: dict[str, Any] = {"method": method, **scales}
+        inputs = {"scaling": Source(selected)}
+        if (search := experiment.search(method)) is not None and search.per == "expert":
+            settings |= self._anew(combining, vectors)
+            inputs |= {f"vector-{expert.id}": Source(step) for expert, step in vectors.items()}
         else:
-            chosen = scaling
-        selected = self.add(
-            f"select scaling {method}", "select_scaling", {"method": method, "scaling": chosen}, inputs=points
-        )
-        return self.add(
-            f"write {method}",
-            "write_model",
-            {"method": method, **scales},
-            inputs={"combined": Source(combined), "scaling": Source(selected)},
-            **self.on_base,
-        )
+            inputs["combined"] = Source(combined)
+        return self.add(f"write {method}", "write_model", settings, inputs=inputs, **self.on_base)
+
+    def _anew(self, combining: Mapping[str, Any], vectors: Mapping[Expert, str]) -> dict[str, Any]:
+        """What a merge is made from, where the experts have factors of their own."""
+        return {"recipe": combining, "weights": {expert.id: self.experiment.weight(expert) for expert in vectors}}
+
+    def search(
+        self,
+        recipe: Recipe,
+        combined: str,
+        combining: Mapping[str, Any],
+        vectors: Mapping[Expert, str],
+        corpora: Mapping[str, Corpus],
+    ) -> str:
+        """The step that has the scaling coefficients: rounds of points and a choice after each (`lors.scaling`)."""
+        experiment, method = self.experiment, recipe.method
+        search = experiment.search(method)
+        if search is None:
+            own = METHODS[method].searches_scaling and isinstance(experiment.merge.scaling, float | int)
+            chosen = experiment.merge.scaling if own else recipe.scaling
+            fixed = {"method": method, "metric": None, "scaling": chosen}
+            return self.add(f"select scaling {method}", "select_scaling", fixed)
+        decoding = {
+            "metric": search.metric,
+            "tasks": experiment.tasks,
+            "languages": experiment.languages,
+            "groups": combining["groups"],
+            "normaliser": experiment.evaluate.normaliser,
+            **experiment.evaluate.decoding(),
+        }
+        validation = {f"corpus-{code}": _parquet(corpus, "validation") for code, corpus in corpora.items()}
+        rounds = schedule(search, [expert.id for expert in experiment.experts])
+        best = ""
+        for number, one in enumerate(rounds):
+            settings, inputs = dict(decoding), dict(validation)
+            if one.coordinate is not None:
+                inputs["best"] = Source(best)
+            if one.coordinate is not None and search.per == "expert":
+                settings |= self._anew(combining, vectors)
+                inputs |= {f"vector-{expert.id}": Source(step) for expert, step in vectors.items()}
+            else:
+                inputs["combined"] = Source(combined)
+            again = f" ({number})" if sum(r.coordinate == one.coordinate for r in rounds[:number]) else ""
+            chosen_from: dict[str, Source] = {} if one.coordinate is None else {"best": Source(best)}
+            for place, value in enumerate(one.values):
+                tried: dict[str, Any] = {"coordinate": one.coordinate, "factor": value}
+                name = f"score {method} {one.coordinate} x {value:.15g}{again}"
+                if one.coordinate is None:
+                    tried, name = {"scaling": value, "factors": {}}, f"score {method} at {value:.15g}"
+                self.add(name, "score_scaling", {**settings, **tried}, inputs=inputs, **self.on_base)
+                chosen_from[f"point-{place:03d}"] = Source(name)
+            best = self.add(
+                f"select scaling {method}" + (f" ({number + 1})" if number + 1 < len(rounds) else ""),
+                "select_scaling",
+                {"method": method, "metric": search.metric, "scaling": None},
+                inputs=chosen_from,
+            )
+        return best
 
     def _decoding(self, language: str, tasks: tuple[str, ...]) -> dict[str, Any]:
-        decoding = self.experiment.evaluate.model_dump(exclude={"normaliser", "guard"})
-        return {"language": language, "tasks": tasks, "split": "test", **decoding}
+        return decoding_settings(self.experiment.evaluate, language, tasks, "test")
 
     def evaluate(self, system: str, model: str | None, language: str, corpus: Corpus) -> str:
         """All tasks of one language by the model that a step made; None is the base."""
         inputs = {"corpus": _parquet(corpus, "test")}
         where: dict[str, Any] = self.on_base if model is None else {}
         if model is not None:
-            inputs["model"] = Source(model, ("*.safetensors", "*.json"))
+            inputs["model"] = Source(model, _MODEL)
         settings = self._decoding(language, self.experiment.tasks)
         name = f"evaluate {system} {language}"
         return self.add(name, "evaluate_model", settings, inputs=inputs, language=language, **where)
 
-    def evaluate_expert(self, expert: Expert, corpora: Mapping[str, Corpus]) -> str:
+    def evaluate_expert(
+        self, name: str, expert: Expert, corpora: Mapping[str, Corpus], model: Mapping[str, Source], **where: Any
+    ) -> str:
         return self.add(
-            f"evaluate expert {expert.id}",
+            name,
             "evaluate_model",
             self._decoding(expert.language, (expert.task,)),
-            inputs={
-                "corpus": _parquet(corpora[expert.language], "test"),
-                "model": Source(f"fine-tune {expert.id}", ("*.safetensors", "*.json")),
-            },
+            inputs={"corpus": _parquet(corpora[expert.language], "test"), **model},
             language=expert.language,
             task=expert.task,
+            **where,
         )
 
 

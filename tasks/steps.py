@@ -95,6 +95,16 @@ def evaluate_model(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return _perform(step, inputs)
 
 
+def score_comet(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """COMET's scores of one system's translations."""
+    return _perform(step, inputs)
+
+
+def diagnose_experts(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The experts' spectra and interference."""
+    return _perform(step, inputs)
+
+
 def score_systems(step: Step, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """All scores and the table."""
     return _perform(step, inputs)
@@ -112,7 +122,9 @@ TASKS = {
         ("scaling", select_scaling),
         ("merge", write_model),
         ("evaluate", evaluate_model),
+        ("evaluate", score_comet),
         ("evaluate", score_systems),
+        ("extract", diagnose_experts),
     )
 }
 """The Prefect task of each stage."""

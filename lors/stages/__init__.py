@@ -6,6 +6,7 @@ store), `digests` (of all inputs), `out` (an empty folder for its files), `work`
 """
 
 from lors.stages.data import prepare_split
+from lors.stages.diagnosing import diagnose_experts
 from lors.stages.evaluating import evaluate_model
 from lors.stages.merging import (
     combine_task_vectors,
@@ -15,16 +16,18 @@ from lors.stages.merging import (
     select_scaling,
     write_model,
 )
-from lors.stages.scoring import score_systems
+from lors.stages.scoring import score_comet, score_systems
 from lors.stages.training import fine_tune
 
 __all__ = [
     "combine_task_vectors",
+    "diagnose_experts",
     "evaluate_model",
     "extract_task_vector",
     "fine_tune",
     "prepare_split",
     "prune_task_vector",
+    "score_comet",
     "score_scaling",
     "score_systems",
     "select_scaling",

@@ -12,13 +12,16 @@ from typing import Any
 import pandas as pd
 import pytest
 from flows_helpers import Done, planned
+from huggingface_hub import ModelCard
 from prefect.client.orchestration import get_client
 
-from flows.pipeline import full_pipeline, merge_and_evaluate, train_baselines, train_expert
+import lors
+from flows.pipeline import full_pipeline, merge_and_evaluate, sweep, train_baselines, train_expert
 from lors.config import Experiment
 from lors.errors import InputError
 from lors.pipeline import build_steps
 from lors.store import Artifact, Store
+from lors.sweep import Variant
 
 EXPERTS = ("es-transcribe", "es-translate", "fr-transcribe", "fr-translate")
 
@@ -56,13 +59,15 @@ def test_the_first_run_computes_what_was_planned(done: Done) -> None:
 def test_the_output_is_complete(done: Done) -> None:
     out = done.folder / "out"
     results = pd.read_csv(out / "results.csv")
-    columns = "system language task split metric value low high signature utterances window"
+    columns = "system language task split metric normaliser value low high p_base signature utterances window"
     assert set(columns.split()) <= set(results.columns)
-    assert set(results.system) == {"base", "experts", "lors"}
+    assert set(results.system) == {"base", "experts", "switched", "lors"}
+    for path in (out, out / "results.csv", out / "results.json"):
+        pd.testing.assert_frame_equal(lors.load_results(path), lors.load_results(out / "results.parquet"))
     assert {"wer", "cer", "bleu"} <= set(results.metric)
     assert set(results.language) == {"es", "fr"}
     summary = done.summary
-    assert set(summary["systems"]) == {"base", "experts", "lors"}
+    assert set(summary["systems"]) == {"base", "experts", "switched", "lors"}
     assert {"recovery", "wer", "bleu"} <= set(summary["systems"]["lors"])
     assert summary["scaling"] in (0.3, 0.6)
     assert {point["scaling"] for point in summary["curves"]["lors"]["points"]} == {0.3, 0.6}
@@ -72,11 +77,23 @@ def test_the_output_is_complete(done: Done) -> None:
     assert summary["versions"]["torch"]
     assert summary["seeds"] == {"finetune": 0, "corpora": 1}
     assert {path.name for path in (out / "experts").iterdir()} == {f"{expert}.safetensors" for expert in EXPERTS}
-    assert {path.stem for path in (out / "hypotheses").iterdir()} == {"base", "experts", "lors"}
+    assert {path.stem for path in (out / "hypotheses").iterdir()} == {"base", "experts", "switched", "lors"}
     hypotheses = pd.read_parquet(out / "hypotheses" / "lors.parquet")
     assert len(hypotheses) == 2 * 2 * 3
-    assert {"reference", "hypothesis"} <= set(hypotheses.columns)
-    assert (out / "table.md").read_text() in (out / "model" / "README.md").read_text() + "\n"
+    assert {"reference", "hypothesis", "spoken", "free"} <= set(hypotheses.columns)
+    card = ModelCard.load(out / "model" / "README.md")
+    assert (out / "table.md").read_text().strip() in card.content
+    assert {(entry.dataset_config, entry.metric_type) for entry in card.data.eval_results} == {
+        (language, metric) for language in ("es", "fr") for metric in ("wer", "cer", "bleu", "chrf")
+    }
+    assert summary["sizes"]["experts"].keys() == set(EXPERTS)
+    assert summary["seconds"] > 0
+    training = pd.read_csv(out / "training.csv")
+    assert set(training.model) == set(EXPERTS)
+    assert json.loads((out / "diagnosis.json").read_text())
+    report = (out / "report.html").read_text()
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert all(name in report for name in ("switched", "weight", *EXPERTS))
     assert [path.name for path in out.rglob(".*")] == []
 
 
@@ -111,6 +128,7 @@ def test_another_rank_ratio_prunes_merges_and_evaluates_as_planned(done: Done) -
     expected = {f"prune {expert}" for expert in EXPERTS} | {
         *("combine lors", "score lors at 0.3", "score lors at 0.6", "select scaling lors", "write lors"),
         *("evaluate lors es", "evaluate lors fr", "score systems"),
+        *(f"evaluate switched {expert}" for expert in EXPERTS),
     }
     assert planned(other) == expected
     assert set(full_pipeline(other)["computed"]) == expected == ran(other)
@@ -123,6 +141,7 @@ def test_more_speech_of_one_language_trains_that_language_as_planned(done: Done)
     other = done.make(**changes, output=str(done.folder / "more-speech"))
     expected = planned(other)
     assert {step for step in expected if "fr" in step} == {"evaluate lors fr"}
+    assert "diagnose experts" in expected
     assert {"prepare es train", "fine-tune es-transcribe", "fine-tune es-translate"} <= expected
     assert not {"prepare es test", "evaluate base es"} & expected
     assert set(full_pipeline(other)["computed"]) == expected == ran(other)
@@ -159,6 +178,51 @@ def test_baselines_and_guard_languages_run_in_the_same_graph(done: Done) -> None
         train_baselines(done.make())
 
 
+def test_the_results_are_seen_in_the_api(done: Done) -> None:
+    keys = ["lors-results", "lors-scores", "lors-report", "lors-recovery", "lors-scaling"]
+    with get_client(sync_client=True) as client:
+        found = client.request("POST", "/artifacts/filter", json={"artifacts": {"key": {"any_": keys}}}).json()
+    by_key = {key: [artifact["data"] for artifact in found if artifact["key"] == key] for key in keys}
+    assert any((done.folder / "out" / "table.md").read_text().strip() in shown for shown in by_key["lors-results"])
+    assert any("report.html" in shown for shown in by_key["lors-report"])
+    rows = json.loads(by_key["lors-scores"][0])
+    assert {"system", "language", "metric", "value"} <= rows[0].keys()
+    assert by_key["lors-scaling"][0].startswith("data:image/svg+xml;base64,")
+
+
+def test_seeds_and_a_grid_share_what_they_can(done: Done) -> None:
+    other = done.make(seeds=[0, 1], languages=["es"], tasks=["transcribe"], output=str(done.folder / "seeds"))
+    computed = set(full_pipeline(other)["computed"])
+    assert "fine-tune es-transcribe [seed=1]" in computed
+    assert not {"fine-tune es-transcribe", "prepare es train", "prune es-transcribe"} & computed
+    listed = json.loads((other.output / "sweep.json").read_text())
+    assert [variant["folder"] for variant in listed["variants"]] == ["seed=0", "seed=1"]
+    assert {row["seeds"] for row in listed["means"]} == {2}
+    assert {"seed=0", "seed=1", "results.csv", "report.html", "table.md"} <= {p.name for p in other.output.iterdir()}
+    assert (other.output / "seed=1" / "model" / "model.safetensors").is_file()
+    assert set(lors.load_results(other.output).seed) == {0, 1}
+
+    points = [
+        Variant(
+            name=f"density={density}",
+            changes={"prune.density": density},
+            experiment=done.make(
+                languages=["es"],
+                tasks=["transcribe"],
+                prune={"rank_ratio": 0.1, "density": density},
+                output=str(done.folder / "grid" / f"density={density}"),
+            ),
+        )
+        for density in (0.1, 0.05)
+    ]
+    assert {name for name in sweep(points, done.folder / "grid")["computed"] if "fine-tune" in name} == set()
+    results = lors.load_results(done.folder / "grid")
+    assert next(iter(results.columns)) == "prune.density"
+    assert set(results["prune.density"]) == {0.1, 0.05}
+    assert not (done.folder / "grid" / "density=0.1" / "model").exists()  # a sweep is for the numbers
+    assert "density=0.05" in (done.folder / "grid" / "report.html").read_text()
+
+
 def test_a_training_is_seen_in_the_api(done: Done) -> None:
     query = {"artifacts": {"key": {"any_": ["fine-tune-es-transcribe-progress", "fine-tune-es-transcribe-loss"]}}}
     with get_client(sync_client=True) as client:
@@ -193,7 +257,7 @@ def test_a_deleted_output_is_written_again_from_the_store(done: Done) -> None:
     assert merge_and_evaluate(experiment)["computed"] == []
     after = {path.relative_to(experiment.output): path.read_bytes() for path in files_of(experiment.output)}
     assert after.keys() == before.keys()
-    assert {str(path) for path in after if after[path] != before[path]} <= {"summary.json"}
+    assert {str(path) for path in after if after[path] != before[path]} <= {"report.html", "summary.json"}
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -203,8 +267,11 @@ def files_of(folder: Path) -> list[Path]:
 def test_an_output_of_another_experiment_is_replaced(done: Done) -> None:
     alone = done.make(languages=["es"], tasks=["transcribe"], merge={"scaling": 0.5, "method": "weight_average"})
     full_pipeline(alone)
-    assert list((alone.output / "experts").iterdir()) == []
-    assert {path.stem for path in (alone.output / "hypotheses").iterdir()} == {"base", "experts", "weight_average"}
+    assert [path.name for path in (alone.output / "experts").iterdir()] == ["es-transcribe.safetensors"]
+    assert {path.stem for path in (alone.output / "hypotheses").iterdir()} == {
+        *("base", "experts"),
+        *("switched", "weight_average"),
+    }
     assert "weight_average" in (alone.output / "model" / "README.md").read_text()
     full_pipeline(done.make())
     assert len(list((alone.output / "experts").iterdir())) == 4

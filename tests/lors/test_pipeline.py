@@ -30,6 +30,7 @@ FILES = {
     "write_model": ["model.safetensors", "config.json", "README.md"],
     "evaluate_model": ["hypotheses.parquet"],
     "score_systems": ["results.csv", "table.md"],
+    "diagnose_experts": ["diagnosis.json"],
 }
 
 
@@ -115,8 +116,11 @@ def merging(*methods: str) -> set[str]:
     return steps | {"score systems"}
 
 
+OF_EXPERT = ("fine-tune", "extract", "prune", "evaluate expert", "evaluate switched")
+
+
 def own_steps(expert: str) -> set[str]:
-    return {f"{what} {expert}" for what in ("fine-tune", "extract", "prune", "evaluate expert")}
+    return {f"{what} {expert}" for what in OF_EXPERT}
 
 
 EXPERTS = ("es-transcribe", "es-translate", "fr-transcribe", "fr-translate")
@@ -148,7 +152,7 @@ def test_the_plan_of_an_empty_store_is_everything_and_of_a_finished_one_nothing(
 def test_another_rank_prunes_merges_and_evaluates(make: Make, store: Store) -> None:
     before = finish(make(), store)
     other = make(prune={"rank_ratio": 0.31})
-    expected = {f"prune {expert}" for expert in EXPERTS} | merging("lors")
+    expected = {f"{what} {expert}" for expert in EXPERTS for what in ("prune", "evaluate switched")} | merging("lors")
     assert to_run(other, store) == expected
     assert changed(before, finish(other, store)) == expected
 
@@ -179,7 +183,7 @@ def test_one_language_s_training_speech(change: str, make: Make, store: Store, t
         manifest.write_text(manifest.read_text().replace("es train 0", "es train x"))
     else:
         manifest.write_text(manifest.read_text() + manifest.read_text().splitlines()[0] + "\n")
-    expected = {"prepare es train"} | OF_ES | merging("lors", "task_arithmetic")
+    expected = {"prepare es train", "diagnose experts"} | OF_ES | merging("lors", "task_arithmetic")
     assert to_run(make(), store) == expected
     assert changed(before, finish(make(), store)) == expected
 
@@ -188,9 +192,9 @@ def test_new_test_speech_trains_nothing_and_merges_nothing(make: Make, store: St
     before = finish(make(), store)
     write_audio(tmp_path / "speech" / "es" / "test-0.wav", seed=99)
     expected = {"prepare es test", "score systems"} | {
-        f"evaluate {what}"
-        for what in ("base es", "expert es-transcribe", "expert es-translate", "lors es", "task_arithmetic es")
+        f"evaluate {what}" for what in ("base es", "lors es", "task_arithmetic es")
     }
+    expected |= {f"evaluate {who} es-{task}" for who in ("expert", "switched") for task in ("transcribe", "translate")}
     assert to_run(make(), store) == expected
     assert changed(before, finish(make(), store)) == expected
 
@@ -205,7 +209,7 @@ def test_a_manifest_rewritten_in_another_form_changes_nothing(make: Make, store:
 
 def test_a_language_more_costs_its_own_work_and_the_merge(make: Make, store: Store) -> None:
     finish(make(languages=["es"]), store)
-    expected = {f"prepare fr {split}" for split in SPLITS} | {"evaluate base fr"}
+    expected = {f"prepare fr {split}" for split in SPLITS} | {"evaluate base fr", "diagnose experts"}
     expected |= own_steps("fr-transcribe") | own_steps("fr-translate") | merging("lors", "task_arithmetic")
     assert to_run(make(), store) == expected
 
@@ -219,13 +223,13 @@ SEQUENTIAL = {f"fine-tune sequential {language}" for language in ("es", "fr")}
 
 def test_baselines_share_everything_with_the_rest(make: Make, store: Store) -> None:
     before = finish(make(), store)
-    both = make(baselines=["multitask", "sequential"])
+    both = make(baselines=["switched", "multitask", "sequential"])
     expected = {"fine-tune multitask", "score systems", *SEQUENTIAL}
     expected |= evaluated("multitask", "es", "fr") | evaluated("sequential", "es", "fr")
     assert to_run(both, store) == expected
     after = finish(both, store)
     assert {name for name, key in before.items() if after[name] != key} == {"score systems"}
-    assert to_run(make(baselines=["experts", "base"]), store) == set()
+    assert to_run(make(baselines=["experts", "base"]), store) == {"score systems"}
 
 
 def test_baselines_take_as_many_updates_as_all_experts_together(make: Make, store: Store) -> None:
@@ -309,7 +313,7 @@ def test_synthetic_counts_are_those_of_their_own_split(make: Make, store: Store)
 
     before = finish(spoken(test=7), store)
     assert changed(before, finish(spoken(test=7, validation=5), store)) == (
-        {"prepare es validation"} | OF_ES | merging("lors", "task_arithmetic")
+        {"prepare es validation", "diagnose experts"} | OF_ES | merging("lors", "task_arithmetic")
     )
     assert to_run(make(corpora={"source": "synthetic", "seed": 5}), store) >= {
         f"prepare {language} {split}" for language in ("es", "fr") for split in SPLITS
@@ -333,7 +337,9 @@ def test_a_damaged_entry_is_planned_with_its_file_named(make: Make, store: Store
     reasons = {p.step.name: p.reason for p in plan(build_steps(make(), Store(store.root)), Store(store.root))}
     assert "task_vector.safetensors" in reasons["prune es-translate"]
     assert reasons["combine lors"] == "after prune es-translate"
-    assert {name for name, reason in reasons.items() if reason} == {"prune es-translate"} | merging("lors")
+    assert {name for name, reason in reasons.items() if reason} == (
+        {"prune es-translate", "evaluate switched es-translate"} | merging("lors")
+    )
 
 
 def test_a_deleted_file_is_planned(make: Make, store: Store) -> None:
@@ -387,6 +393,7 @@ def test_a_method_s_parameters_are_its_own(make: Make, store: Store) -> None:
     ranked = {"scaling": {"search": [0.2, 0.5]}, "groups": {"encoder": {"rank_ratio": 0.3}}}
     assert {f"prune {expert}" for expert in EXPERTS} < to_run(make(compare=compare, merge=ranked), store)
     pruned = {f"prune {expert}{suffix}" for expert in EXPERTS for suffix in ("", " as sparse")}
+    pruned |= {f"evaluate switched {expert}" for expert in EXPERTS}
     assert to_run(make(compare=compare, prune={"density": 0.3}), store) == pruned | merging("lors", "sparse")
     settings = build_steps(make(compare=compare), store)["prune es-translate as sparse"].settings
     assert settings["composition"] == "sparse"
