@@ -28,7 +28,9 @@ def main(output: Path) -> None:
             chosen = (results.system == system) & (results.language == language)
             rows = results[chosen & (results.task == task)].itertuples()
             cells += [f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f})" for row in rows] or ["-"]
-        cells.append("-" if means["recovery"] is None else f"{means['recovery']:.2f}")
+        value, low, high = (means.get(name) for name in ("recovery", "recovery_low", "recovery_high"))
+        span = "" if low is None or low == high else f" ({low:.2f} to {high:.2f})"
+        cells.append("-" if value is None else f"{value:.2f}{span}")
         print("| " + " | ".join(cells) + " |")
 
 

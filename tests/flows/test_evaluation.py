@@ -9,10 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import soundfile
+from comet_folders import comet_folder
 from speech_sounds import utterance
 
 import lors
 from flows.cli import main
+from lors.scoring.comet import comet_signature
 from lors.starter import MODEL_FOLDER
 
 
@@ -79,6 +81,19 @@ def test_one_table_of_recordings(place: Path, capsys: pytest.CaptureFixture[str]
     translate: list[Any] = ["--corpus", str(table), "--language", "es", "--task", "translate", "--out", str(out)]
     assert run(place, "starter", *translate) == 2
     assert "no translation" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_comet_stands_beside_bleu(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = comet_folder(place / "comet"), place / "by-comet"
+    speech = ["--corpus", "synthetic", "--language", "es", "--limit", "4", "--task", "translate", "--out", str(out)]
+    assert run(place, "starter", *speech, "--set", f"evaluate.comet={model}", "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert [step["stage"] for step in summary["steps"]][-2:] == ["score_comet", "score_systems"]
+    row = lors.load_results(out).set_index("metric").loc["comet"]
+    assert row["value"] == pytest.approx(summary["systems"]["starter"]["comet"])
+    assert row["signature"].startswith(comet_signature(model))
+    assert run(place, "starter", *speech, "--set", f"evaluate.comet={place}/none") == 2
+    assert "holds no COMET model: docs/evaluation.md says how to make one" in capsys.readouterr().err
 
 
 def test_a_model_that_is_none_is_a_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
+from comet_folders import comet_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
 
 from lors.errors import InputError
 from lors.scoring.comet import _sparsemax, comet_scores, comet_signature
 
-WORDS = "the house is small la casa es pequeña un perro a dog sleeps duerme".split()
 SOURCES = ["la casa es pequeña", "un perro duerme", "la casa", "un perro duerme"]
 HYPOTHESES = ["the house is small", "a dog is small", "the", ""]
 REFERENCES = ["the house is small", "a dog sleeps", "the house", "a dog sleeps"]
-
-HPARAMS: dict[str, Any] = {
-    "class_identifier": "regression_metric",
-    "encoder_model": "XLM-RoBERTa",
-    "pretrained_model": "xlm-roberta-large",
-    "pool": "avg",
-    "layer": "mix",
-    "layer_transformation": "sparsemax",
-    "layer_norm": False,
-    "hidden_sizes": [12, 6],
-    "activations": "Tanh",
-    "final_activation": None,
-}
 
 # What unbabel-comet 2.2.7's own modules gave for `comet_folder` and these texts, on torch 2.13.
 GOLDEN = {
@@ -42,43 +24,6 @@ GOLDEN = {
     "softmax max": [-1.228254, -1.091667, -1.289665, -1.2082],
     "softmax cls": [-0.882027, -0.886838, -0.885636, -0.894176],
 }
-
-
-def comet_folder(folder: Path, **changes: Any) -> Path:
-    """A small model whose parameters come from numpy's generator, the same on every machine."""
-    config = XLMRobertaConfig(
-        vocab_size=4 + len(WORDS),
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=24,
-        pad_token_id=1,
-        type_vocab_size=1,
-    )
-    config.save_pretrained(folder / "encoder")
-    vocabulary = {word: number for number, word in enumerate(["<s>", "<pad>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder / "encoder")
-    shapes = {
-        f"encoder.model.{name}": tuple(tensor.shape)
-        for name, tensor in XLMRobertaModel(config, add_pooling_layer=False).named_parameters()
-    }
-    shapes |= {f"layerwise_attention.scalar_parameters.{layer}": (1,) for layer in range(3)}
-    shapes |= {"layerwise_attention.gamma": (1,), "estimator.ff.0.weight": (12, 48), "estimator.ff.0.bias": (12,)}
-    shapes |= {"estimator.ff.3.weight": (6, 12), "estimator.ff.3.bias": (6,)}
-    shapes |= {"estimator.ff.6.weight": (1, 6), "estimator.ff.6.bias": (1,)}
-    generator = np.random.default_rng(0)
-    tensors = {name: torch.from_numpy(generator.normal(0, 0.5, shapes[name]).astype("f4")) for name in sorted(shapes)}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "hparams.yaml").write_text(yaml.safe_dump(HPARAMS | changes))
-    return folder
 
 
 @pytest.mark.parametrize("mixture", ["sparsemax avg", "softmax max", "softmax cls"])
