@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lors.report import write_report
 from prefect import flow
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, wait
@@ -23,6 +22,7 @@ from lors.errors import InputError, LorsError, StepFailedError
 from lors.isolate import Slots
 from lors.outputs import publish, publish_sweep, require_writable
 from lors.pipeline import Step, Workspace, build_steps, plan
+from lors.report import write_report
 from lors.resources import shares
 from lors.store import Artifact, Store
 from lors.sweep import Variant, build_variants, seed_variants
