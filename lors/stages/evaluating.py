@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lors.stages.common import HYPOTHESES, VECTOR, Report, decoding, load
+from lors.stages.common import HYPOTHESES, Report, decoding, load
+from lors.stages.merging import load_merged
 
 __all__ = ["evaluate_model"]
 
@@ -30,9 +31,11 @@ def evaluate_model(
     from lors.speech.transcribe import hypothesis_table, transcribe
 
     folder, language, split = inputs.get("model") or places["base"], settings["language"], settings["split"]
-    model, processor = load(folder, threads)
     if "compact" in inputs:
-        _put_in(model, folder, inputs["compact"])
+        vector, whole = {"combined": inputs["compact"]}, {"scaling": 1.0, "factors": {}}
+        model, processor = load_merged(folder, vector, {"groups": {}}, whole, threads, Path(work))
+    else:
+        model, processor = load(folder, threads)
     utterances = read_split(Path(inputs["corpus"]) / f"{split}.parquet")
     hypotheses = transcribe(
         model,
@@ -48,18 +51,6 @@ def evaluate_model(
     table = hypothesis_table(hypotheses, utterances, language=language, split=split)
     table.to_parquet(Path(out) / HYPOTHESES, index=False)
     return {"hypotheses": len(table)}
-
-
-def _put_in(model: Any, base: str, compact: str) -> None:
-    """The base's model becomes base + the compact expert's delta, as `switched` models are at run time."""
-    from lors.checkpoint import Checkpoint
-    from lors.delta_file import DeltaFile
-    from lors.task_vector import apply
-
-    checkpoint, vector = Checkpoint(base), DeltaFile(Path(compact) / VECTOR)
-    tensors = {name: apply(checkpoint.tensor(name), vector.delta(name), 1.0).float() for name in checkpoint.float_names}
-    odd = model.load_state_dict(tensors, strict=False).unexpected_keys
-    assert not odd, f"the model would be decoded without its {odd[0]}"
 
 
 def _writer(settings: Mapping[str, Any], model: Any, processor: Any, folder: str, work: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,6 @@ BASE = str(MODEL_FOLDER)
 BOTH = {"language": "es", "split": "test", "tasks": ["transcribe", "translate"], "beams": 1, "window": "auto"}
 BOTH |= {"batch_seconds": 5.0, "backend": "transformers", "identify": True}
 COLUMNS = "id language task split speaker seconds source reference hypothesis window tokens truncated spoken free"
-
-
-@pytest.fixture(autouse=True)
-def own_numerics() -> Iterator[None]:
-    """Stages set up the process that they have to themselves; other tests share this one."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+from stage_calls import folder, nothing
 
 from lors import stages
 from lors.checkpoint import Checkpoint
@@ -35,24 +36,6 @@ RECIPE = make_recipe("lors", prune=PruneSettings(rank_ratio=0.1, density=0.05))
 COMBINING = RECIPE.model_dump(mode="json", exclude={"scaling"})
 WEIGHTS = {"es-transcribe": 1.0, "fr-transcribe": 0.5}
 ANEW = {"recipe": COMBINING, "weights": WEIGHTS}
-
-
-@pytest.fixture(autouse=True)
-def own_numerics() -> Iterator[None]:
-    """Stages set up the process that they have to themselves; other tests share this one."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
-
-
-def nothing(event: Any) -> None:
-    """Take no notice of progress."""
-
-
-def folder(path: Path) -> Path:
-    path.mkdir(parents=True)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
+from stage_calls import folder, nothing
 
 from lors import stages
 from lors.starter import MODEL_FOLDER
 
 BASE = str(MODEL_FOLDER)
-
-
-@pytest.fixture(autouse=True)
-def own_numerics() -> Iterator[None]:
-    """Stages set up the process that they have to themselves; other tests share this one."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
-
-
-def nothing(event: Any) -> None:
-    """Take no notice of progress."""
-
-
-def folder(path: Path) -> Path:
-    path.mkdir(parents=True)
-    return path
 
 
 def split(path: Path, name: str, limit: int) -> dict[str, Any]:
