@@ -21,7 +21,7 @@ from lors.config import Experiment
 from lors.errors import InputError, LorsError, StepFailedError
 from lors.isolate import Slots
 from lors.outputs import publish, publish_sweep, require_writable
-from lors.pipeline import Step, Workspace, build_steps, plan
+from lors.pipeline import Step, Workspace, plan
 from lors.report import write_report
 from lors.resources import shares
 from lors.store import Artifact, Store
@@ -65,15 +65,16 @@ def sweep(variants: list[Variant], output: Path) -> dict[str, Any]:
     task_runner=_RUNNER,
 )
 def train_expert(experiment: Experiment, language: str, task: str) -> dict[str, Any]:
-    """One expert: prepare its corpus, fine-tune, extract and prune its task vector. Returns the last artifact."""
+    """One expert: prepare its corpus, fine-tune, extract and prune its task vector. Returns the last artifact (with
+    `seeds`, which are all trained, that of the first)."""
     with _runtime(experiment) as runtime:
         expert = next((e for e in experiment.experts if (e.language, e.task) == (language, task)), None)
         if expert is None:
             known = ", ".join(known.id for known in experiment.experts)
             raise InputError(f"{language}-{task} is no expert of this experiment: choose from {known}")
-        steps = build_steps(experiment, runtime.workspace.store)
-        last = f"prune {expert.id}" if f"prune {expert.id}" in steps else f"extract {expert.id}"
-        return _run([last], steps, runtime)[last].to_json()
+        steps, called = build_variants(seed_variants(experiment), runtime.workspace.store)
+        last = [names.get(f"prune {expert.id}", names[f"extract {expert.id}"]) for names in called]
+        return _run(last, steps, runtime)[last[0]].to_json()
 
 
 @flow(
@@ -82,15 +83,16 @@ def train_expert(experiment: Experiment, language: str, task: str) -> dict[str, 
     task_runner=_RUNNER,
 )
 def train_baselines(experiment: Experiment) -> dict[str, Any]:
-    """The models of `baselines` that are trained on all languages. Returns the artifact of each."""
+    """The models of `baselines` that are trained on all languages. Returns the artifact of each (with `seeds`, which
+    are all trained, that of the first)."""
     with _runtime(experiment) as runtime:
-        steps = build_steps(experiment, runtime.workspace.store)
+        steps, called = build_variants(seed_variants(experiment), runtime.workspace.store)
         names = {"multitask": "fine-tune multitask", "sequential": f"fine-tune sequential {experiment.order[-1]}"}
         wanted = {baseline: name for baseline, name in names.items() if baseline in experiment.baselines}
         if not wanted:
             raise InputError("the experiment's `baselines` names none that is trained: add multitask or sequential")
-        artifacts = _run(wanted.values(), steps, runtime)
-        return {baseline: artifacts[name].to_json() for baseline, name in wanted.items()}
+        artifacts = _run([own[name] for own in called for name in wanted.values()], steps, runtime)
+        return {baseline: artifacts[called[0][name]].to_json() for baseline, name in wanted.items()}
 
 
 @flow(

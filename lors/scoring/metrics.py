@@ -23,7 +23,6 @@ __all__ = [
     "Difference",
     "Score",
     "difference",
-    "differs",
     "full_signature",
     "main_metric",
     "score",
@@ -207,15 +206,3 @@ def difference(
     blocks = Blocks(len(references), speakers)
     a, b = resample(systems, blocks, resamples, seed, language)
     return Difference(systems[0].value - systems[1].value, *interval(a - b, blocks), p_value(a - b, blocks))
-
-
-def differs(
-    metric: str,
-    references: Sequence[str],  # (n,)
-    hypotheses_a: Sequence[str],  # (n,)
-    hypotheses_b: Sequence[str],  # (n,)
-    **options: Any,
-) -> bool:
-    """Whether the 95 % interval of `difference`, which see, excludes 0."""
-    found = difference(metric, references, hypotheses_a, hypotheses_b, **options)
-    return found.low > 0 or found.high < 0

@@ -284,6 +284,8 @@ def test_train_expert_gives_one_compact_expert(done: Done) -> None:
     assert artifact.stage == "prune_task_vector"
     assert artifact.digest == done.summary["digests"]["prune fr-translate"]
     assert task_states("train-expert", 5) == ["Cached"] * 5
+    of_seeds = Artifact.from_json(train_expert(done.make(seeds=[0]), "fr", "translate"))
+    assert of_seeds.digest == artifact.digest
     with pytest.raises(
         InputError, match="de-translate is no expert of this experiment: choose from es-transcribe, es-"
     ):
