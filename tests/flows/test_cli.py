@@ -238,7 +238,7 @@ def test_a_cached_run_prints_the_table_or_json(done: Done) -> None:
     assert f"0 steps computed, {len(done.planned)} cached." in printed.stdout
     result = json.loads(lors("run", file, "--json", api=done.api).stdout)
     assert result["computed"] == []
-    assert set(result["systems"]) == {"base", "experts", "lors"}
+    assert set(result["systems"]) == {"base", "experts", "switched", "lors"}
 
 
 def servers() -> set[str]:
