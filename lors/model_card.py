@@ -21,7 +21,7 @@ _BEFORE: Final = "## Provenance"
 
 def card_with_results(
     card: str,  # Markdown with a YAML head
-    summary: Mapping[str, Any],  # of `lors.scoring.results.summarise`
+    summary: Mapping[str, Any],  # of `lors.scoring.summary.summarise`
     results: pd.DataFrame,  # of `lors.scoring.results.score_tables`
     *,
     model_name: str,
@@ -34,7 +34,7 @@ def card_with_results(
     """
     from huggingface_hub import ModelCard
 
-    from lors.scoring.results import markdown_table
+    from lors.scoring.tables import markdown_table
 
     table = f"## Results\n\n{markdown_table(results, summary).strip()}\n"
     before, provenance, after = card.partition(_BEFORE)

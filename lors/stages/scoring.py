@@ -44,7 +44,9 @@ def score_systems(settings: Mapping[str, Any], inputs: Mapping[str, str], out: s
     import pandas as pd
 
     from lors.scoring.files import write_results
-    from lors.scoring.results import markdown_table, robustness_table, score_tables, summarise
+    from lors.scoring.results import score_tables
+    from lors.scoring.summary import summarise
+    from lors.scoring.tables import markdown_table, robustness_table
 
     parts: dict[str, list[pd.DataFrame]] = {}
     for name in settings["order"]:

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from lors.scoring.files import write_results
-from lors.scoring.results import score_tables, summarise
+from lors.scoring.results import score_tables
+from lors.scoring.summary import summarise
 
 WORDS = "uno dos tres cuatro cinco seis siete ocho nueve diez once doce".split()
 ERRORS = {"base": 0.5, "experts": 0.1, "switched": 0.15, "lors": 0.3, "task_arithmetic": 0.4}

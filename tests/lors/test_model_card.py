@@ -7,7 +7,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from lors.model_card import card_with_results
-from lors.scoring.results import markdown_table, score_tables, summarise
+from lors.scoring.results import score_tables
+from lors.scoring.summary import summarise
+from lors.scoring.tables import markdown_table
 
 CARD = """---
 library_name: transformers

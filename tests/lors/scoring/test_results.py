@@ -10,14 +10,9 @@ import pytest
 
 from lors.errors import InputError
 from lors.scoring.metrics import METRICS, difference, score
-from lors.scoring.results import (
-    RESULT_COLUMNS,
-    main_rows,
-    markdown_table,
-    robustness_table,
-    score_tables,
-    summarise,
-)
+from lors.scoring.results import RESULT_COLUMNS, main_rows, score_tables
+from lors.scoring.summary import summarise
+from lors.scoring.tables import markdown_table, robustness_table
 
 WORDS = ("uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho")
 Part = tuple[str, str]
