@@ -14,7 +14,7 @@ test: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 # torch by itself and first, so that nothing else decides which of its builds is taken
 .venv/.installed: pyproject.toml constraints.txt
