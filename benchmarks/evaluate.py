@@ -35,6 +35,8 @@ def by_pipeline(model: Any, processor: Any, spoken: Sequence[Any], language: str
     """A function that gives the pipeline's texts for a task."""
     from transformers import pipeline
 
+    # Batches need one, and Whisper's own folders do not always name it.
+    processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
     recognise = pipeline(
         "automatic-speech-recognition",
         model=model,

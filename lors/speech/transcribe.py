@@ -21,6 +21,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from lors.errors import InputError
 from lors.speech.architecture import FeatureCache, architecture_of
 from lors.speech.corpus import Utterance
+from lors.speech.packed import packed_linears
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,7 +156,7 @@ def transcribe(
         model.to(device)
     found: dict[tuple[str, int], Hypothesis] = {}
     done, earlier = 0, _Finished(finished)
-    with _decoding(model, beams) as config:
+    with _decoding(model, beams) as config, packed_linears(model):
         asked = _Asked(
             language=language,
             prompts=prompts,
