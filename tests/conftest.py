@@ -36,6 +36,13 @@ for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "LORS_CHECKPOINT_SECONDS"):
     os.environ.pop(name, None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side (`pytest -n 2 --dist loadgroup`), a file's tests share a process, and so do all that use `done`."""
+    for item in items:
+        group = "done" if "done" in getattr(item, "fixturenames", ()) else item.location[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def prefect_api() -> Iterator[str]:
     """The address of a Prefect API for this session, which flows of this process use."""

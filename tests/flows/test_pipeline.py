@@ -191,7 +191,8 @@ def test_the_results_are_seen_in_the_api(done: Done) -> None:
 
 
 def test_seeds_and_a_grid_share_what_they_can(done: Done) -> None:
-    other = done.make(seeds=[0, 1], languages=["es"], tasks=["transcribe"], output=str(done.folder / "seeds"))
+    alone: dict[str, Any] = {"languages": ["es"], "tasks": ["transcribe"], "merge": {"scaling": 0.5}, "diagnose": False}
+    other = done.make(**alone, seeds=[0, 1], output=str(done.folder / "seeds"))
     computed = set(full_pipeline(other)["computed"])
     assert "fine-tune es-transcribe [seed=1]" in computed
     assert not {"fine-tune es-transcribe", "prepare es train", "prune es-transcribe"} & computed
@@ -207,8 +208,7 @@ def test_seeds_and_a_grid_share_what_they_can(done: Done) -> None:
             name=f"density={density}",
             changes={"prune.density": density},
             experiment=done.make(
-                languages=["es"],
-                tasks=["transcribe"],
+                **alone,
                 prune={"rank_ratio": 0.1, "density": density},
                 output=str(done.folder / "grid" / f"density={density}"),
             ),
