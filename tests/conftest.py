@@ -36,6 +36,7 @@ for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "LORS_CHECKPOINT_SECONDS"):
     os.environ.pop(name, None)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Side by side (`pytest -n 2 --dist loadgroup`), a file's tests share a process, and so do all that use `done`."""
     for item in items:

@@ -31,7 +31,7 @@ class Clock:
 
     settings: Finetune
     progress: Progress
-    _started: float = field(default_factory=time.monotonic)
+    _started: float = field(default_factory=lambda: time.monotonic())
     _before: float = field(init=False)
     _first: float = field(init=False)
     _step: float = 0.0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from training_jobs import assert_same, examples, log_of, settings, steps_of, tin
 from lors.errors import ConfigError, CorpusError, StepFailedError, TrainingError
 from lors.speech.architecture import Whisper
 from lors.speech.features import log_mel, pad_mels, window_for, windowed
-from lors.training import finetune, modes, update
+from lors.training import clock, finetune, modes, update
 from lors.training.batches import Draw
 from lors.training.distributed import team
 from lors.training.examples import Example
@@ -371,17 +372,18 @@ def test_a_time_budget_ends_the_schedule(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("often")
-def test_the_time_before_a_resume_counts(tmp_path: Path) -> None:
-    own = settings(steps=100_000, max_hours=2.0 / 3600)
-    begun = time.monotonic()
+def test_the_time_before_a_resume_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: 0.01 * next(ticks)))
+    own, whole, parts = settings(steps=100_000, max_hours=2.0 / 3600), tmp_path / "whole", tmp_path / "parts"
+    steps = fine_tune(tiny_model(), examples(), [], own, whole)["steps"]
+    first = steps // 2
     with pytest.raises(StepFailedError):
-        fine_tune(tiny_model(), examples(), [], own, tmp_path, stop=lambda: time.monotonic() - begun > 1.2)
-    first = len(steps_of(tmp_path))
-    begun = time.monotonic()
-    result = fine_tune(tiny_model(), examples(), [], own, tmp_path)
-    assert time.monotonic() - begun < 1.8
-    assert result["seconds"] >= 2
-    rates = [entry["learning_rate"] for entry in steps_of(tmp_path)]
+        fine_tune(tiny_model(), examples(), [], own, parts, stop=lambda: len(steps_of(parts)) >= first)
+    result = fine_tune(tiny_model(), examples(), [], own, parts)
+    assert result["steps"] == pytest.approx(steps, abs=0.1 * steps)
+    assert 2 <= result["seconds"] < 2.2
+    rates = [entry["learning_rate"] for entry in steps_of(parts)]
     assert rates[first] < 0.7 * max(rates)
 
 
