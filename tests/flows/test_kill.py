@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
 
-STEPS = 80
+STEPS = 60
 
 
 def experiment(folder: Path) -> Path:
