@@ -149,6 +149,8 @@ class Resources(Section):
     """GPUs that train one expert together (`torchrun`, DDP); without GPUs, CPU processes."""
     tensorboard: Path | None = None
     """A folder for TensorBoard's curves of every training (the `tensorboard` extra)."""
+    stall_minutes: PositiveFloat | None = 60
+    """A step whose process gives no sign for so long is ended and tried again; None waits for ever."""
 
 
 Baseline = Literal["base", "experts", "switched", "multitask", "sequential"]
@@ -201,6 +203,8 @@ class Experiment(Section):
     """Train everything once with each of these in place of `finetune.seed`; the table then has means over them."""
     resources: Resources = Resources()
     """What the run may use of this machine."""
+    dispatch: Literal["local", "workers"] = "local"
+    """Where models are trained: in child processes of the run, or by Prefect workers that share the store."""
     output: Path
     """The folder for the results."""
     store: Path = Path("store")

@@ -7,6 +7,7 @@ events and one result or error, a JSON object a line too. What libraries print g
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import importlib
 import json
 import os
@@ -16,11 +17,13 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,6 +98,7 @@ class Slots:
         on_start: Callable[[], None] = lambda: None,  # called once a slot is free, which may take hours
         fresh: bool = False,  # a child of its own, ended with the job
         log: Path | None = None,  # gets what the job prints, and tracebacks; None is the parent's standard error
+        patience: float | None = None,  # seconds without an event after which the child is ended, as dead
     ) -> dict[str, Any]:
         """Call `function(**arguments, report=report)` in a child and return the JSON mapping that it returns.
 
@@ -117,7 +121,7 @@ class Slots:
                 child.end()
             keep = False
             try:
-                answer = child.work(line, on_event)
+                answer = child.work(line, on_event, patience)
                 keep = "result" in answer or answer["kind"] is not None
             finally:
                 if fresh or self._closed or not keep:
@@ -230,7 +234,9 @@ class _Child:
             assert pipe is not None
             pipe.close()
 
-    def work(self, line: bytes, on_event: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    def work(
+        self, line: bytes, on_event: Callable[[Mapping[str, Any]], None], patience: float | None
+    ) -> dict[str, Any]:
         """Send a job; the answer has "result", or "message" and "kind" (a class of lors.errors, None for any other)."""
         stdin = self._process.stdin
         assert stdin is not None
@@ -238,24 +244,37 @@ class _Child:
             view = memoryview(line)
             while view:
                 view = view[stdin.write(view) :]
-        for answer in self._lines():
+        silent = False
+
+        def give_up() -> None:
+            nonlocal silent
+            silent = True
+            self.end()
+
+        for answer in self._lines(patience, give_up):
             if "event" not in answer:
                 return answer
             on_event(answer["event"])
         self.end()
+        if silent:
+            assert patience is not None
+            return {"message": f"said nothing for {patience / 60:g} minutes and was ended", "kind": None}
         return {"message": _ending(self._process.returncode), "kind": None}
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
+    def _lines(self, patience: float | None, give_up: Callable[[], None]) -> Iterator[dict[str, Any]]:
         stdout = self._process.stdout
         assert stdout is not None
-        pending = b""
+        pending, heard = b"", time.monotonic()
         while True:
             # A process that the child forked may hold its end of the pipe open, so the child's death is looked for too.
             dead = not self.alive()
             if not select.select([stdout], [], [], 0 if dead else 0.5)[0]:
                 if dead:
                     return
+                if patience is not None and time.monotonic() - heard > patience:
+                    give_up()
                 continue
+            heard = time.monotonic()
             block = os.read(stdout.fileno(), 1 << 16)
             if not block:
                 return
@@ -286,8 +305,32 @@ def _environment(threads: int, device: str | None) -> dict[str, str]:
     folders = [Path(errors.__file__).parents[1], *map(Path, sys.path)]
     environment["PYTHONPATH"] = os.pathsep.join(str(folder.absolute()) for folder in folders if folder.is_dir())
     if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = device
+        environment["CUDA_VISIBLE_DEVICES"] = environment[_DEVICES] = device
     return environment
+
+
+_DEVICES = "LORS_DEVICES"
+_TELL_SECONDS = 15.0
+
+
+@contextmanager
+def _devices(names: str, report: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Hold this machine's lock of each device: one job a GPU, whoever started it, an orphan of a dead worker too."""
+    with ExitStack() as held:
+        for name in sorted(filter(None, names.split(","))):
+            path = Path(tempfile.gettempdir()) / f"lors-device-{re.sub(r'[^0-9A-Za-z-]', '-', name)}.lock"
+            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+            held.callback(os.close, descriptor)
+            told = -_TELL_SECONDS
+            while True:
+                with suppress(BlockingIOError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                if time.monotonic() - told >= _TELL_SECONDS:
+                    told = time.monotonic()
+                    report({"message": f"waiting for GPU {name}, which another process of this machine uses"})
+                time.sleep(0.2)
+        yield
 
 
 def _serve() -> NoReturn:
@@ -321,7 +364,8 @@ def _serve() -> NoReturn:
             os.dup2(log, descriptor)
         if log != first_log:
             os.close(log)
-        answer = perform(job, lambda event: send({"event": event}))
+        with _devices(os.environ.get(_DEVICES, ""), lambda event: send({"event": event})):
+            answer = perform(job, lambda event: send({"event": event}))
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         send(answer)

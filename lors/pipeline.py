@@ -123,6 +123,8 @@ class Workspace:
     threads: int
     processes: int = 1
     """That train one expert together."""
+    patience: float | None = None
+    """Seconds without any sign of a step's process after which it is ended and tried again."""
 
 
 def resolve_base(name: str) -> Path:
@@ -540,6 +542,10 @@ def run_step(
             nonlocal started
             started = time.monotonic()
 
+        def watch(event: Mapping[str, Any]) -> None:
+            production.check()  # or two processes would train one expert
+            on_event(event)
+
         summary = workspace.slots.run(
             f"lors.stages:{step.stage}",
             {
@@ -552,10 +558,11 @@ def run_step(
                 "threads": workspace.threads,
                 "processes": workspace.processes,
             },
-            on_event,
+            watch,
             start,
             fresh=step.stage in _OWN_PROCESS,
             log=production.work / "log.txt",
+            patience=workspace.patience,
         )
         artifact = production.publish(summary, time.monotonic() - started)
         return artifact, False

@@ -5,14 +5,13 @@ Layout under the root, which may be on a disk shared by several workers:
     entries/<stage>/<key>/files/         what the step made
     entries/<stage>/<key>/manifest.json  its existence means that the step is complete
     work/<stage>/<key>/                  checkpoints of an unfinished step; survives a crash
-    locks/<stage>/<key>                  one process makes a key; the kernel frees the lock when its holder dies
+    locks/<stage>/<key>                  one process makes a key (`lors.lease`)
     memo.json                            sha256 by file and its stat, so that a check does not read GBs again
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,13 +19,12 @@ import math
 import os
 import re
 import shutil
-import socket
 import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -34,6 +32,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from lors.errors import InputError, LorsError
+from lors.lease import Lease, hold
 
 __all__ = [
     "Artifact",
@@ -157,6 +156,7 @@ class Production:
     hit: Artifact | None
     work: Path  # survives a crash: checkpoints go here
     out: Path  # inside `work`, empty at the start: the files to publish go here
+    check: Callable[[], None]  # raises StepFailedError where another process has taken the step over
     _publish: Callable[[Mapping[str, Any], float], Artifact] = field(repr=False)
     artifact: Artifact | None = None  # the hit, or what was published
 
@@ -303,51 +303,17 @@ class Store:
         *,
         timeout: float | None = None,  # seconds; None waits for ever
         on_wait: Callable[[str], None] = _logger.info,  # called once with a sentence that names the holder
-    ) -> Iterator[None]:
-        """Hold a step's lock. The kernel frees it when the holder dies, by whatever signal.
+    ) -> Iterator[Lease]:
+        """Hold a step's lock, which frees itself when its holder dies or hangs (see `lors.lease`).
 
         LorsError after `timeout`; InputError where the file system has no locks.
         """
         _check_address(stage, key)
-        path = self.root / "locks" / stage / key
-        with storage_errors(self.root):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            self._acquire(descriptor, f"the {stage} step {key}", timeout, on_wait)
-            with suppress(OSError):  # who holds it is only a courtesy to those who wait
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _acquire(self, descriptor: int, what: str, timeout: float | None, on_wait: Callable[[str], None]) -> None:
-        started = time.monotonic()
-        told = False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                raise InputError(
-                    f"The store {self.root} cannot be locked ({error.strerror}); put it on a disk that has flock."
-                ) from error
-            try:
-                holder = json.loads(os.pread(descriptor, 4096, 0))
-                who = f"process {holder['pid']} on {holder['host']}"
-            except (ValueError, TypeError, KeyError):
-                who = "another process"
-            if not told:
-                told = True
-                on_wait(f"Waiting for {what}: {who} is making it.")
-            if timeout is not None and time.monotonic() - started >= timeout:
-                raise LorsError(
-                    f"{who.capitalize()} was still making {what} after {timeout:g} s; run the same command again later."
-                )
-            time.sleep(0.1)
+        with ExitStack() as stack:
+            with storage_errors(self.root):
+                path, what = self.root / "locks" / stage / key, f"the {stage} step {key}"
+                lease = stack.enter_context(hold(path, what, timeout=timeout, on_wait=on_wait))
+            yield lease
 
     @contextmanager
     def produce(
@@ -367,16 +333,17 @@ class Store:
         cannot be written InputError.
         """
         assert key == step_key(stage, version, settings, inputs), "the key is not that of these settings and inputs"
-        work = self.root / "work" / stage / key
-        out, staged, aside = work / "out", work / ".entry", work / ".invalid"
-
-        def publish(summary: Mapping[str, Any], seconds: float) -> Artifact:
-            described = {"stage": stage, "key": key, "version": version, "settings": settings, "inputs": inputs}
-            return self._publish(described, summary, seconds, out, staged, aside)
-
-        with self.lock(stage, key, timeout=timeout, on_wait=on_wait):
+        with self.lock(stage, key, timeout=timeout, on_wait=on_wait) as lease:
             hit = self.find(stage, key)
-            production = Production(hit, work, out, publish, hit)
+            work = self._work(stage, key, anew=lease.taken_over)
+            out, staged, aside = work / "out", work / ".entry", work / ".invalid"
+
+            def publish(summary: Mapping[str, Any], seconds: float) -> Artifact:
+                described = {"stage": stage, "key": key, "version": version, "settings": settings, "inputs": inputs}
+                lease.check()
+                return self._publish(described, summary, seconds, out, staged, aside)
+
+            production = Production(hit, work, out, lease.check, publish, hit)
             with storage_errors(self.root):
                 if hit is None:
                     for leftover in (out, staged, aside):
@@ -386,6 +353,18 @@ class Store:
                 yield production
             assert production.artifact is not None, f"the {stage} step ended without publishing"
             shutil.rmtree(work, ignore_errors=True)
+
+    def _work(self, stage: str, key: str, anew: bool) -> Path:
+        """The work folder of a key, by another name where a hung process may wake up and write by the old one."""
+        work = self.root / "work" / stage / key
+        found = next(iter(sorted(work.parent.glob(f"{key}*"))), work)
+        if not anew:
+            return found
+        other = work.with_name(f"{key}.{uuid.uuid4().hex[:8]}")
+        with storage_errors(self.root):
+            if found.exists():
+                found.rename(other)
+        return other
 
     def _publish(
         self,

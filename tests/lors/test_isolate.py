@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +289,27 @@ def test_ctrl_c_ends_the_child_without_a_traceback_of_its_own() -> None:
 def test_neither_module_imports_torch() -> None:
     code = "import sys, lors.store, lors.isolate; sys.exit('torch' in sys.modules or 'prefect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_silent_child_is_ended_after_its_patience() -> None:
+    with Slots(1, 1, packages=PACKAGES) as slots:
+        started = time.monotonic()
+        with pytest.raises(StepFailedError, match=r"said nothing for 0\.0\d* minutes and was ended"):
+            slots.run("isolate_jobs:busy", {}, patience=2.0)
+        assert time.monotonic() - started < 30
+
+
+def test_one_job_a_gpu_whoever_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    told: list[str] = []
+    with (tmp_path / "lors-device-GPU-7.lock").open("w") as other, Slots(1, 1, ["GPU-7"], packages=PACKAGES) as slots:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            if "message" in event:
+                told.append(event["message"])
+                fcntl.flock(other, fcntl.LOCK_UN)
+
+        slots.run("isolate_jobs:describe", {}, on_event)
+    assert told == ["waiting for GPU GPU-7, which another process of this machine uses"]
