@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import checkpoints, data, evaluation
+from flows import checkpoints, data, evaluation, versions
 from lors.errors import InputError, LorsError
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("file", type=Path, metavar="FILE", nargs="?", help="check what this experiment needs, too")
     data.add_commands(add)
     evaluation.add_commands(add)
+    versions.add_commands(add)
     checkpoints.add_commands(add)
     return parser
 

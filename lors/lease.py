@@ -50,8 +50,8 @@ class Lease:
         """Raises StepFailedError where another process has taken the lock over."""
         if not _same_file(self._descriptor, self._path):
             raise StepFailedError(
-                f"This process gave no sign for {LEASE_SECONDS:g} s and lost {self._what} to another one, which makes it "
-                "now; run the same command again."
+                f"This process gave no sign for {LEASE_SECONDS:g} s and lost {self._what} to another one, which makes "
+                "it now; run the same command again."
             )
 
     def release(self) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lors.config import Experiment
 from lors.errors import InputError
 from lors.model_folder import read_json
@@ -21,6 +23,7 @@ from lors.pipeline import Step
 from lors.store import Artifact, Store, file_digest, storage_errors, write_json
 from lors.sweep import Variant, sweep_table
 from lors.training.settings import LOG
+from lors.versions import keep_current, record_current, swap_folder
 
 __all__ = ["publish", "publish_scores", "publish_sweep", "require_writable"]
 
@@ -48,13 +51,18 @@ def publish(
     *,
     seconds: float | None = None,
     models: bool = True,
+    how: str = "run",
 ) -> dict[str, Any]:
-    """Write everything of DESIGN's output from the store; returns the content of summary.json, written last.
+    """Write everything of DESIGN's output from the store; returns the content of summary.json, written last but for
+    version.json.
 
     `computed` names the steps that this run computed, in `seconds` by the clock. Files that are there already with the
-    right content are left alone. Without `models`, no merged model and no compact experts.
+    right content are left alone; where another model is there, it is kept as an earlier version (`lors.versions`), and
+    `how` says what made the new one. Without `models`, no merged model, no compact experts and no version.
     """
     output, method = experiment.output, experiment.merge.method
+    if models:
+        keep_current(output, artifacts[f"write {method}"].digest)
     scores = store.path(artifacts["score systems"])
     common = publish_scores(output, steps, artifacts, computed, store, seconds=seconds)
     with storage_errors(output):
@@ -74,6 +82,8 @@ def publish(
         _prune_folder(output / "experts", set(kept))
         if models:
             _publish_model(store, artifacts[f"write {method}"], output / "model", _card(experiment, scores))
+        settings = yaml.safe_dump(experiment.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+        (output / "experiment.yaml").write_text(settings, "utf-8")
         (output / "training.csv").write_text(_training(steps, artifacts, store), "utf-8")
         if experiment.diagnose:
             _copy(store.path(artifacts["diagnose experts"]) / "diagnosis.json", output / "diagnosis.json", store)
@@ -92,6 +102,8 @@ def publish(
             "experiment": experiment.model_dump(mode="json"),
         }
         write_json(output / "summary.json", summary)
+        if models:
+            record_current(output, how)
         store.memo.save()
     return summary
 
@@ -223,13 +235,9 @@ def _publish_model(store: Store, artifact: Artifact, model: Path, with_results: 
         if same:
             (model / "README.md").write_text(card, "utf-8")
             return
-    # Names of their own, so that what a killed run left is cleared away here.
-    partial, old = model.with_name(".model.partial"), model.with_name(".model.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    # A name of its own, so that what a killed run left is cleared away here.
+    partial = model.with_name(".model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
     (partial / "README.md").write_text(card, "utf-8")
-    if model.exists():
-        model.rename(old)
-    partial.rename(model)
-    shutil.rmtree(old, ignore_errors=True)
+    swap_folder(partial, model)

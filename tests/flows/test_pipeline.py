@@ -257,7 +257,8 @@ def test_a_deleted_output_is_written_again_from_the_store(done: Done) -> None:
     assert merge_and_evaluate(experiment)["computed"] == []
     after = {path.relative_to(experiment.output): path.read_bytes() for path in files_of(experiment.output)}
     assert after.keys() == before.keys()
-    assert {str(path) for path in after if after[path] != before[path]} <= {"report.html", "summary.json"}
+    changed = {str(path) for path in after if after[path] != before[path]}
+    assert changed <= {"report.html", "summary.json", "version.json"}
 
 
 def files_of(folder: Path) -> list[Path]:
