@@ -1,5 +1,5 @@
-"""The command line: `lors run | sweep | plan | doctor`, and those of the other modules here. Only `run` and `sweep`
-import Prefect."""
+"""The command line: `lors run | sweep | add-language | remove-language | plan | doctor`, and those of the other modules
+here. Only those that compute import Prefect."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import checkpoints, data, evaluation, versions
+from flows import checkpoints, data, evaluation, services, versions
+from lors.changes import TOLERANCE
 from lors.errors import InputError, LorsError
 
 if TYPE_CHECKING:
@@ -106,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
             help="the values of a setting, as in prune.rank_ratio=0.05,0.1; every combination of several",
         )
 
+    def add_on(made: Any) -> None:
+        made.add_argument(
+            "--on",
+            choices=("local", "workers"),
+            help="where models are trained: here, or by the workers of a Prefect server (`lors up`)",
+        )
+
     run = add(
         "run",
         _run,
@@ -113,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         "lors run deployments/demo.yaml --set prune.rank_ratio=0.2",
     )
     add_experiment(run)
+    add_on(run)
     sweep = add(
         "sweep",
         _sweep,
@@ -122,6 +132,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_experiment(sweep)
     add_grid(sweep, required=True)
+    add_on(sweep)
+    for name, command, summary, example in (
+        (
+            "add-language",
+            _add_language,
+            "Train one more language's experts, merge and evaluate; the new model is taken where no other got worse.",
+            "lors add-language mine.yaml it --corpora '{source: folder, path: data/it}'",
+        ),
+        (
+            "remove-language",
+            _remove_language,
+            "Merge without one language and evaluate; the new model is taken where no other language got worse.",
+            "lors remove-language mine.yaml it",
+        ),
+    ):
+        made = add(name, command, summary, example)
+        made.add_argument(
+            "file", type=Path, metavar="FILE", help="the experiment, a YAML file; it is changed at the end"
+        )
+        made.add_argument("language", metavar="LANG", help="Whisper's code of the language")
+        made.add_argument(
+            "--tolerance",
+            type=float,
+            default=TOLERANCE,
+            metavar="POINTS",
+            help=f"of WER, CER or BLEU that another language may lose (default {TOLERANCE:g})",
+        )
+        made.add_argument("--accept", action="store_true", help="take the new model whatever got worse")
+        if name == "add-language":
+            made.add_argument("--corpora", metavar="YAML", help="where its speech comes from, if not as the others'")
+            add_on(made)
     plan = add(
         "plan",
         _plan,
@@ -140,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_commands(add)
     evaluation.add_commands(add)
     versions.add_commands(add)
+    services.add_commands(add)
     checkpoints.add_commands(add)
     return parser
 
@@ -194,7 +236,64 @@ def _sweep(options: argparse.Namespace) -> int:
 def _experiment(options: argparse.Namespace) -> Experiment:
     from lors.config import load_experiment
 
+    if getattr(options, "on", None) is not None:
+        options.set.append(f"dispatch={options.on}")
     return load_experiment(options.file, options.set)
+
+
+def _add_language(options: argparse.Namespace) -> int:
+    import yaml
+
+    from lors.changes import with_language
+
+    try:
+        corpora = None if options.corpora is None else yaml.safe_load(options.corpora)
+    except yaml.YAMLError as error:
+        raise InputError(f"--corpora {options.corpora!r} is not valid YAML") from error
+    change = with_language(options.file, options.language, corpora)
+    if options.on is not None:
+        change = replace(change, after=change.after.model_copy(update={"dispatch": options.on}))
+
+    def flow() -> dict[str, Any]:
+        from flows.pipeline import add_language
+
+        own = {"corpora": change.after.corpora_of.get(options.language), "dispatch": options.on}
+        changed: dict[str, Any] = add_language(
+            options.file, options.language, tolerance=options.tolerance, accept=options.accept, **own
+        )
+        return changed
+
+    return _changed(options, change.after, flow)
+
+
+def _remove_language(options: argparse.Namespace) -> int:
+    from lors.changes import without_language
+
+    change = without_language(options.file, options.language)
+
+    def flow() -> dict[str, Any]:
+        from flows.pipeline import remove_language
+
+        changed: dict[str, Any] = remove_language(
+            options.file, options.language, tolerance=options.tolerance, accept=options.accept
+        )
+        return changed
+
+    return _changed(options, change.after, flow)
+
+
+def _changed(options: argparse.Namespace, after: Experiment, flow: Callable[[], dict[str, Any]]) -> int:
+    from lors.sweep import seed_variants
+
+    result, steps = _under_prefect(seed_variants(after), after.output, flow)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"{result['table']}\n\n{(after.output / 'table.md').read_text('utf-8').strip()}")
+        computed, languages = len(result["computed"]), ", ".join(after.languages)
+        print(f"\n{computed} of {steps} steps computed; {options.file} now has {languages}.")
+        print(f"The merged model is in {after.output / 'model'}; `lors history {after.output}` lists those before it.")
+    return 0
 
 
 def _under_prefect(
@@ -214,6 +313,8 @@ def _under_prefect(
 
     from flows.prefect_environment import connect, prepare
 
+    if variants[0].experiment.dispatch == "workers":
+        os.environ["PREFECT_API_URL"] = services.server_url()
     prepare(store.root)
     from flows.progress import RunProgress
     from tasks.runtime import LISTENERS

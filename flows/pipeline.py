@@ -3,13 +3,16 @@ Prefect."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefect import flow
+from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, wait
 from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH
@@ -17,76 +20,105 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.artifacts import create_run_artifacts
 from flows.prefect_environment import settle
-from lors.config import Experiment
-from lors.errors import InputError, LorsError, StepFailedError
+from lors.changes import CANDIDATE, TOLERANCE, Change, compare_outputs, with_language, without_language
+from lors.config import Experiment, load_experiment
+from lors.errors import InputError, LorsError, StepFailedError, WorseError
 from lors.isolate import Slots
 from lors.outputs import publish, publish_sweep, require_writable
-from lors.pipeline import Step, Workspace, plan
+from lors.pipeline import Sources, Step, Workspace, keep_base_step, plan, sources_of
 from lors.report import write_report
 from lors.resources import shares
+from lors.settings import Language, Task
+from lors.speech.corpora.settings import Corpora
 from lors.store import Artifact, Store
 from lors.sweep import Variant, build_variants, seed_variants
+from tasks.dispatch import Order, require_deployments
 from tasks.runtime import Runtime, use
 from tasks.steps import task_for
 
-__all__ = ["full_pipeline", "merge_and_evaluate", "sweep", "train_baselines", "train_expert"]
+__all__ = [
+    "add_language",
+    "full_pipeline",
+    "merge_and_evaluate",
+    "remove_language",
+    "sweep",
+    "train_baselines",
+    "train_expert",
+]
 
 # A submitted step holds a thread while it waits for its inputs; the child processes, far fewer, do the work.
 _RUNNER: Any = ThreadPoolTaskRunner(max_workers=1024)
 
 Futures = dict[str, PrefectFuture[Any]]
+Place = Literal["local", "workers"]
 
 
-@flow(
-    name="full-pipeline",
-    flow_run_name="full-pipeline {experiment.output}",
-    task_runner=_RUNNER,
-)
-def full_pipeline(experiment: Experiment) -> dict[str, Any]:
-    """Data, experts, task vectors, pruning, merging, evaluation: computes what is not in the store yet."""
+def _run_name() -> str:
+    """Such as `full-pipeline outputs/demo`."""
+    context = FlowRunContext.get()
+    assert context is not None
+    given = context.parameters.get("experiment")
+    about = context.parameters.get("file") if given is None else given.output
+    return f"{context.flow.name} {about}"
+
+
+@flow(name="full-pipeline", flow_run_name=_run_name, task_runner=_RUNNER)
+def full_pipeline(
+    experiment: Experiment | None = None, file: Path | None = None, dispatch: Place | None = None
+) -> dict[str, Any]:
+    """Data, experts, task vectors, pruning, merging, evaluation: computes what is not in the store yet.
+
+    Args:
+        experiment: The experiment itself, in place of a file.
+        file: The experiment's YAML file, as the worker sees it.
+        dispatch: Where models are trained, in place of what the experiment says.
+    """
+    experiment = _on(_given(experiment, file), dispatch)
     with _runtime(experiment) as runtime:
         return _run_and_publish(seed_variants(experiment), experiment.output, runtime)
 
 
-@flow(
-    name="sweep",
-    flow_run_name="sweep {output}",
-    task_runner=_RUNNER,
-)
+@flow(name="sweep", flow_run_name="sweep {output}", task_runner=_RUNNER)
 def sweep(variants: list[Variant], output: Path) -> dict[str, Any]:
     """Variants of one experiment as one graph; what they have in common is computed once. Writes no models."""
     with _runtime(variants[0].experiment) as runtime:
         return _run_and_publish(variants, output, runtime, models=False)
 
 
-@flow(
-    name="train-expert",
-    flow_run_name="train-expert {language}-{task}",
-    task_runner=_RUNNER,
-)
-def train_expert(experiment: Experiment, language: str, task: str) -> dict[str, Any]:
+@flow(name="train-expert", flow_run_name="train {language}-{task}", task_runner=_RUNNER)
+def train_expert(
+    experiment: Experiment, language: Language, task: Task, sources: Sources | None = None
+) -> dict[str, Any]:
     """One expert: prepare its corpus, fine-tune, extract and prune its task vector. Returns the last artifact (with
-    `seeds`, which are all trained, that of the first)."""
-    with _runtime(experiment) as runtime:
+    `seeds`, which are all trained, that of the first).
+
+    Args:
+        experiment: The experiment that the expert is of.
+        language: Whisper's code of the expert's language.
+        task: What the expert does: transcribe, or translate into English.
+        sources: What the dispatching run read of the base and the corpora; none: they are read here.
+    """
+    with _runtime(experiment, writes=False) as runtime:
         expert = next((e for e in experiment.experts if (e.language, e.task) == (language, task)), None)
         if expert is None:
             known = ", ".join(known.id for known in experiment.experts)
             raise InputError(f"{language}-{task} is no expert of this experiment: choose from {known}")
-        steps, called = build_variants(seed_variants(experiment), runtime.workspace.store)
+        steps, called = build_variants(seed_variants(experiment), runtime.workspace.store, sources)
         last = [names.get(f"prune {expert.id}", names[f"extract {expert.id}"]) for names in called]
         return _run(last, steps, runtime)[last[0]].to_json()
 
 
-@flow(
-    name="train-baselines",
-    flow_run_name="train-baselines {experiment.output}",
-    task_runner=_RUNNER,
-)
-def train_baselines(experiment: Experiment) -> dict[str, Any]:
+@flow(name="train-baselines", flow_run_name="train baselines", task_runner=_RUNNER)
+def train_baselines(experiment: Experiment, sources: Sources | None = None) -> dict[str, Any]:
     """The models of `baselines` that are trained on all languages. Returns the artifact of each (with `seeds`, which
-    are all trained, that of the first)."""
-    with _runtime(experiment) as runtime:
-        steps, called = build_variants(seed_variants(experiment), runtime.workspace.store)
+    are all trained, that of the first).
+
+    Args:
+        experiment: The experiment; its `baselines` say which.
+        sources: What the dispatching run read of the base and the corpora; none: they are read here.
+    """
+    with _runtime(experiment, writes=False) as runtime:
+        steps, called = build_variants(seed_variants(experiment), runtime.workspace.store, sources)
         names = {"multitask": "fine-tune multitask", "sequential": f"fine-tune sequential {experiment.order[-1]}"}
         wanted = {baseline: name for baseline, name in names.items() if baseline in experiment.baselines}
         if not wanted:
@@ -95,13 +127,15 @@ def train_baselines(experiment: Experiment) -> dict[str, Any]:
         return {baseline: artifacts[called[0][name]].to_json() for baseline, name in wanted.items()}
 
 
-@flow(
-    name="merge-and-evaluate",
-    flow_run_name="merge-and-evaluate {experiment.output}",
-    task_runner=_RUNNER,
-)
-def merge_and_evaluate(experiment: Experiment) -> dict[str, Any]:
-    """From experts that are in the store already: merge, search the scaling, evaluate all systems, write the output."""
+@flow(name="merge-and-evaluate", flow_run_name=_run_name, task_runner=_RUNNER)
+def merge_and_evaluate(experiment: Experiment | None = None, file: Path | None = None) -> dict[str, Any]:
+    """From experts that are in the store already: merge, search the scaling, evaluate all systems, write the output.
+
+    Args:
+        experiment: The experiment itself, in place of a file.
+        file: The experiment's YAML file, as the worker sees it.
+    """
+    experiment = _given(experiment, file)
     with _runtime(experiment) as runtime:
         store = runtime.workspace.store
         variants = seed_variants(experiment)
@@ -115,23 +149,140 @@ def merge_and_evaluate(experiment: Experiment) -> dict[str, Any]:
         return _run_and_publish(variants, experiment.output, runtime)
 
 
+@flow(name="add-language", flow_run_name="add {language}", task_runner=_RUNNER)
+def add_language(
+    file: Path,
+    language: Language,
+    corpora: Corpora | None = None,
+    tolerance: float = TOLERANCE,
+    accept: bool = False,
+    dispatch: Place | None = None,
+) -> dict[str, Any]:
+    """One more language: trains its experts, merges, evaluates, and takes the new model where no language got worse.
+
+    Args:
+        file: The experiment's YAML file, as the worker sees it; it gets the language when the new model is taken.
+        language: Whisper's code of the new language.
+        corpora: Where its speech comes from, if not from where the others' comes.
+        tolerance: Points of WER, CER or BLEU that a language may lose.
+        accept: Take the new model whatever got worse.
+        dispatch: Where models are trained, in place of what the experiment says.
+    """
+    given = None if corpora is None else corpora.model_dump(mode="json", exclude_unset=True)
+    change = with_language(file, language, given)
+    change = replace(change, after=_on(change.after, dispatch))
+    return _change(change, f"add-language {language}", tolerance, accept)
+
+
+@flow(name="remove-language", flow_run_name="remove {language}", task_runner=_RUNNER)
+def remove_language(
+    file: Path, language: Language, tolerance: float = TOLERANCE, accept: bool = False
+) -> dict[str, Any]:
+    """One language less: merges the other experts, evaluates, and takes the new model where no other got worse.
+
+    Args:
+        file: The experiment's YAML file, as the worker sees it; it loses the language when the new model is taken.
+        language: Whisper's code of the language to leave out.
+        tolerance: Points of WER, CER or BLEU that another language may lose.
+        accept: Take the new model whatever got worse.
+    """
+    return _change(without_language(file, language), f"remove-language {language}", tolerance, accept)
+
+
+def _change(change: Change, how: str, tolerance: float, accept: bool) -> dict[str, Any]:
+    """Compute the changed experiment beside the current model, and put it in its place where that loses nothing."""
+    experiment, trial = change.after, change.after.output / CANDIDATE
+    with _runtime(experiment) as runtime:
+        beside = experiment.model_copy(update={"output": trial})
+        result = _run_and_publish(seed_variants(beside), trial, runtime)
+        table, worse = compare_outputs(experiment.output, trial, change.kept, tolerance)
+        create_markdown_artifact(table, key="lors-change", description=f"{how}: before and after")
+        if worse and not accept:
+            raise WorseError(
+                f"{how}: {', '.join(worse)} got worse by more than {tolerance:g} points, so {experiment.output} still "
+                f"has the old model and {change.file} the old languages; the new model is in {trial}. Take it anyway "
+                f"with --accept, or set another --tolerance; nothing is computed again.\n\n{table}"
+            )
+        result = _run_and_publish(seed_variants(experiment), experiment.output, runtime, how=how)
+        change.write()
+        shutil.rmtree(trial, ignore_errors=True)
+    return {**result, "table": table, "worse": worse, "file": str(change.file)}
+
+
+def _on(experiment: Experiment, place: Place | None) -> Experiment:
+    return experiment if place is None else experiment.model_copy(update={"dispatch": place})
+
+
+def _given(experiment: Experiment | None, file: Path | None) -> Experiment:
+    if (experiment is None) == (file is None):
+        raise InputError("give the flow either an experiment or the file of one")
+    if file is not None:
+        return load_experiment(file)
+    assert experiment is not None
+    return experiment
+
+
 @contextmanager
-def _runtime(experiment: Experiment) -> Iterator[Runtime]:
-    for folder in (experiment.output, experiment.store):
-        require_writable(folder)
-    count, threads, devices = shares(experiment)
+def _runtime(experiment: Experiment, writes: bool = True) -> Iterator[Runtime]:
+    """What the flow's tasks work with; `writes`: the flow writes the experiment's output."""
     context = FlowRunContext.get()
     assert context is not None, "called by a flow"
     assert context.flow_run is not None
     flow_run, store = context.flow_run.id, Store(experiment.store)
+    for folder in (experiment.output, store.root) if writes else (store.root,):
+        require_writable(folder)
+    count, threads, devices = shares(experiment)
     slots = Slots(count, threads, devices)
-    workspace = Workspace(store, slots, threads, experiment.resources.processes)
+    stall = experiment.resources.stall_minutes
+    patience = None if stall is None else 60 * stall
+    workspace = Workspace(store, slots, threads, experiment.resources.processes, patience)
     runtime = Runtime(workspace, Path(PREFECT_RESULTS_LOCAL_STORAGE_PATH.value()))
     try:
         with slots, use(flow_run, runtime):  # `use` ends first, so that no task is tried again when its child is ended
             yield runtime
     finally:
         settle(flow_run, runtime.submitted)
+
+
+def _orders(
+    variants: Sequence[Variant], steps: Mapping[str, Step], called: Sequence[Mapping[str, str]], runtime: Runtime
+) -> dict[str, Order]:
+    """What workers train of the steps that are not in the store yet, by step."""
+    store = runtime.workspace.store
+    waiting = {p.step.name for p in plan(steps, store) if p.step.stage == "fine_tune" and not p.cached}
+    if variants[0].experiment.dispatch == "local" or not waiting:
+        return {}
+    base = None
+    if variants[0].experiment.base != "starter":
+        keep = keep_base_step(variants[0].experiment, store)
+        base = _run([keep.name], {keep.name: keep}, runtime)[keep.name]
+    orders: dict[str, Order] = {}
+    for variant, names in zip(variants, called, strict=True):
+        # What training does not read, the worker need not have.
+        evaluate = variant.experiment.evaluate.model_copy(update={"comet": None})
+        place = variant.experiment.store
+        place = place.absolute() if isinstance(place, Path) else place
+        own = variant.experiment.model_copy(update={"dispatch": "local", "store": place, "evaluate": evaluate})
+        sources = sources_of({name: steps[there] for name, there in names.items()}, base)
+        for name, there in names.items():
+            if there not in waiting or there in orders:
+                continue
+            step, experiment = steps[there], own
+            if step.language is not None and step.task is not None:
+                deployment, about = "train-expert/train-expert", {"language": step.language, "task": step.task}
+            else:
+                deployment, about = "train-baselines/train-baselines", {}
+                one = "sequential" if name.startswith("fine-tune sequential") else "multitask"
+                experiment = own.model_copy(update={"baselines": (one,)})
+            parameters = {
+                "experiment": experiment.model_dump(mode="json", exclude_unset=True),
+                "sources": sources.model_dump(mode="json"),
+                **about,
+            }
+            tags = ("lors", "train", *(f"{key}:{value}" for key, value in about.items()))
+            orders[there] = Order(deployment, parameters, tags)
+    require_deployments({order.deployment for order in orders.values()})
+    return orders
 
 
 def _run(names: Iterable[str], steps: Mapping[str, Step], runtime: Runtime) -> dict[str, Artifact]:
@@ -143,7 +294,7 @@ def _run(names: Iterable[str], steps: Mapping[str, Step], runtime: Runtime) -> d
         if name not in futures:
             step = steps[name]
             inputs = {role: submit(source.step) for role, source in step.inputs.items()}
-            futures[name] = task_for(step.stage, name in cached).submit(step=step, inputs=inputs)
+            futures[name] = task_for(step, name in cached).submit(step=step, inputs=inputs)
             runtime.submitted += 1
         return futures[name]
 
@@ -170,10 +321,11 @@ def _raise_first_failure(futures: Futures) -> None:
 
 
 def _run_and_publish(
-    variants: Sequence[Variant], output: Path, runtime: Runtime, *, models: bool = True
+    variants: Sequence[Variant], output: Path, runtime: Runtime, *, models: bool = True, how: str = "run"
 ) -> dict[str, Any]:
     started, store = time.monotonic(), runtime.workspace.store
     steps, called = build_variants(variants, store)
+    runtime.orders = _orders(variants, steps, called, runtime)
     artifacts = _run(steps, steps, runtime)
     seconds = round(time.monotonic() - started, 1)
     summaries = []
@@ -182,7 +334,7 @@ def _run_and_publish(
         found = {name: artifacts[there] for name, there in names.items()}
         computed = {name for name, there in names.items() if there in runtime.computed}
         experiment = variant.experiment
-        summaries.append(publish(experiment, own, found, computed, store, seconds=seconds, models=models))
+        summaries.append(publish(experiment, own, found, computed, store, seconds=seconds, models=models, how=how))
         write_report([experiment.output], experiment.output / "report.html")
     if variants[0].experiment.output != output:
         publish_sweep(output, list(zip(variants, summaries, strict=True)))

@@ -14,7 +14,11 @@ from uuid import UUID
 
 from lors.errors import LorsError
 
-__all__ = ["connect", "prepare", "settle"]
+__all__ = ["HEARTBEAT_SECONDS", "connect", "prepare", "settle"]
+
+HEARTBEAT_SECONDS = "30"
+"""How often a run tells a server that it lives; `lors up` has the server end those that have not for three times as
+long."""
 
 
 def prepare(store: Path) -> None:
@@ -37,6 +41,8 @@ def prepare(store: Path) -> None:
         settings["PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE"] = "500"
         # Whole seconds: Prefect cuts a fraction to 0 and then spins, on half a core.
         settings["PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL"] = "1"
+    else:
+        settings["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = HEARTBEAT_SECONDS
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 

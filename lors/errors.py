@@ -10,6 +10,7 @@ __all__ = [
     "LorsError",
     "StepFailedError",
     "TrainingError",
+    "WorseError",
 ]
 
 
@@ -39,3 +40,7 @@ class TrainingError(LorsError):
 
 class StepFailedError(LorsError):
     """A step's process died (killed, out of memory); running again resumes it."""
+
+
+class WorseError(LorsError):
+    """A new model loses more than the tolerance in a language; the old one stays."""

@@ -29,6 +29,7 @@ from lors.merging.registry import METHODS
 from lors.model_folder import folder_digest, resolve_folder
 from lors.prune_settings import PruneSettings
 from lors.scaling import schedule
+from lors.settings import Section
 from lors.speech.base_model import check_base
 from lors.speech.corpora.sources import describe
 from lors.speech.corpus import SPLITS
@@ -37,22 +38,27 @@ from lors.store import Artifact, Memo, Store, file_digest, step_key
 
 __all__ = [
     "VERSIONS",
+    "KnownSplit",
     "PlannedStep",
     "Source",
+    "Sources",
     "Step",
     "Workspace",
     "build_steps",
     "comet_digest",
     "decoding_settings",
+    "keep_base_step",
     "model_digest",
     "plan",
     "prepare_step",
     "resolve_base",
     "run_step",
     "scoring_steps",
+    "sources_of",
 ]
 
 VERSIONS = {
+    "keep_base": 1,
     "prepare_split": 1,
     "fine_tune": 2,
     "extract_task_vector": 2,
@@ -127,19 +133,55 @@ class Workspace:
     """Seconds without any sign of a step's process after which it is ended and tried again."""
 
 
+class KnownSplit(Section):
+    """What was read of the source of one split."""
+
+    settings: dict[str, Any]
+    outside: dict[str, str]
+
+
+class Sources(Section):
+    """What one machine has read of the base and the corpora, for another that has the store alone."""
+
+    base: dict[str, Any] | None
+    """The artifact of `keep base`; None: the starter, which every machine has."""
+    splits: dict[str, KnownSplit]
+    """By the name of the step that prepares it."""
+
+
+def sources_of(steps: Mapping[str, Step], base: Artifact | None) -> Sources:
+    """What `build_steps` read to make these steps, and the base as the store has it."""
+    splits = {
+        name: KnownSplit(settings=dict(step.settings), outside=dict(step.outside))
+        for name, step in steps.items()
+        if step.stage == "prepare_split"
+    }
+    return Sources(base=None if base is None else base.to_json(), splits=splits)
+
+
+def keep_base_step(experiment: Experiment, store: Store) -> Step:
+    """The step that copies the base into the store; raises CheckpointError."""
+    folder = resolve_base(experiment.base)
+    outside = {"base": model_digest(folder, store.memo)}
+    return Step("keep base", "keep_base", {}, outside=outside, places={"base": str(folder)})
+
+
 def resolve_base(name: str) -> Path:
     """The folder of `starter`, of a Hugging Face id or of a folder; raises CheckpointError."""
     return MODEL_FOLDER if name == "starter" else resolve_folder(name)
 
 
-def build_steps(experiment: Experiment, store: Store) -> dict[str, Step]:
+def build_steps(experiment: Experiment, store: Store, sources: Sources | None = None) -> dict[str, Step]:
     """Every step by name, each after those it reads; reads the base's config and the sources' contents, no more.
 
-    Raises InputError: the base is missing or not supported, it lacks a language, a corpus is missing.
+    With `sources`, the base is read from the store and the corpora not at all. Raises InputError: the base is missing
+    or not supported, it lacks a language, a corpus is missing.
     """
-    base = resolve_base(experiment.base)
+    kept = None if sources is None or sources.base is None else Artifact.from_json(sources.base)
+    base = resolve_base(experiment.base) if kept is None else store.path(kept)
     native = check_base(base, experiment.base, experiment.spoken, experiment.tasks)
-    builder = _Builder(experiment, str(base), model_digest(base, store.memo), native, store)
+    splits = {} if sources is None else sources.splits
+    builder = _Builder(experiment, str(base), model_digest(base, store.memo), native, store, splits)
     builder.build()
     store.memo.save()
     return builder.steps
@@ -258,6 +300,7 @@ class _Builder:
     base_digest: str
     native: float
     store: Store
+    splits: Mapping[str, KnownSplit]
     steps: dict[str, Step] = field(default_factory=dict)
 
     def add(self, name: str, stage: str, settings: Mapping[str, Any], **rest: Any) -> str:
@@ -312,7 +355,11 @@ class _Builder:
         return {split: self.prepare_split(language, split) for split in SPLITS}
 
     def prepare_split(self, language: str, split: str) -> str:
-        step = prepare_step(self.experiment, language, split, self.native, self.store)
+        name = f"prepare {language} {split}"
+        if (known := self.splits.get(name)) is not None:
+            step = Step(name, "prepare_split", known.settings, outside=known.outside, language=language)
+        else:
+            step = prepare_step(self.experiment, language, split, self.native, self.store)
         self.steps[step.name] = step
         return step.name
 

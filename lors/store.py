@@ -44,6 +44,7 @@ __all__ = [
     "storage_errors",
     "sync_to_disk",
     "write_json",
+    "write_text",
 ]
 
 FORMAT = 1
@@ -446,6 +447,11 @@ def write_json(path: Path, value: Any) -> None:
     Mappings of any kind, tuples and paths are accepted; NaN and infinities raise ValueError.
     """
     _replace(path, _json(value, indent=2).encode() + b"\n", sync=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 as atomically as `write_json`."""
+    _replace(path, text.encode(), sync=True)
 
 
 def _json(value: Any, indent: int | None = None) -> str:

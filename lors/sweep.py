@@ -18,7 +18,7 @@ import yaml
 
 from lors.config import Experiment, load_experiment
 from lors.errors import ConfigError
-from lors.pipeline import VERSIONS, Step, build_steps
+from lors.pipeline import VERSIONS, Sources, Step, build_steps
 from lors.settings import Section
 from lors.store import Store, step_key
 
@@ -122,9 +122,13 @@ def join(graphs: Sequence[tuple[str, Mapping[str, Step]]]) -> tuple[dict[str, St
     return joined, called
 
 
-def build_variants(variants: Sequence[Variant], store: Store) -> tuple[dict[str, Step], list[dict[str, str]]]:
-    """The steps of all variants as one graph, and what each variant's are called in it; errors of `build_steps`."""
-    return join([(variant.name, build_steps(variant.experiment, store)) for variant in variants])
+def build_variants(
+    variants: Sequence[Variant], store: Store, sources: Sources | None = None
+) -> tuple[dict[str, Step], list[dict[str, str]]]:
+    """The steps of all variants as one graph, and what each variant's are called in it; arguments and errors as of
+    `build_steps`.
+    """
+    return join([(variant.name, build_steps(variant.experiment, store, sources)) for variant in variants])
 
 
 _MEANS = ("recovery", "wer", "cer", "bleu", "chrf")

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from lors.errors import StepFailedError
 from lors.pipeline import Workspace
+from tasks.dispatch import Order, cancel
 
 __all__ = ["LISTENERS", "Runtime", "runtime_of", "use"]
 
@@ -30,6 +31,11 @@ class Runtime:
     """The steps that this run computed, by name; every other was cached."""
     submitted: int = 0
     """Task runs so far."""
+    orders: Mapping[str, Order] = field(default_factory=dict)
+    """The steps that workers do, by name."""
+    ordered: set[UUID] = field(default_factory=set)
+    """The workers' runs that this run waits for."""
+    stopping: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def tell(self, step: str, event: Mapping[str, Any]) -> None:
@@ -53,6 +59,9 @@ def use(flow_run: UUID | None, runtime: Runtime) -> Iterator[Runtime]:
         yield runtime
     finally:
         del _runtimes[flow_run]
+        runtime.stopping.set()
+        if runtime.ordered:
+            cancel(runtime.ordered)
 
 
 def runtime_of(task_run: Any) -> Runtime:

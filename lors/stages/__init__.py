@@ -5,7 +5,7 @@ store), `digests` (of all inputs), `out` (an empty folder for its files), `work`
 `report` for progress; it returns the summary that the manifest keeps.
 """
 
-from lors.stages.data import prepare_split
+from lors.stages.data import keep_base, prepare_split
 from lors.stages.diagnosing import diagnose_experts
 from lors.stages.evaluating import evaluate_model
 from lors.stages.merging import (
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate_model",
     "extract_task_vector",
     "fine_tune",
+    "keep_base",
     "prepare_split",
     "prune_task_vector",
     "score_comet",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lors.stages.common import Report
 
-__all__ = ["prepare_split"]
+__all__ = ["keep_base", "prepare_split"]
 
 
 def prepare_split(
@@ -33,3 +34,15 @@ def prepare_split(
         on_progress=lambda done, total: report({"done": done, "total": total, "unit": "utterances"}),
     )
     return asdict(written)
+
+
+_OF_A_MODEL = {".json", ".model", ".safetensors", ".txt"}
+
+
+def keep_base(places: Mapping[str, Any], out: str, report: Report, **_: Any) -> dict[str, Any]:
+    """The files of a base model, as they are."""
+    files = sorted(path for path in Path(places["base"]).iterdir() if path.is_file() and path.suffix in _OF_A_MODEL)
+    for done, path in enumerate(files):
+        report({"done": done, "total": len(files), "unit": "files"})
+        shutil.copyfile(path, Path(out) / path.name)
+    return {"files": len(files)}

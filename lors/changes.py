@@ -1,0 +1,143 @@
+"""One language more or less: the changed experiment file, and whether a new model is worse than the one before it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from lors.config import Experiment, load_experiment, parse_experiment
+from lors.errors import ConfigError, InputError
+from lors.settings import nearest
+from lors.store import storage_errors, write_text
+
+__all__ = ["CANDIDATE", "TOLERANCE", "Change", "compare_outputs", "with_language", "without_language"]
+
+CANDIDATE = "candidate"
+"""Where, under the output, a new model is until it is known to be no worse."""
+TOLERANCE = 1.0
+"""Points of WER, CER or BLEU that another language may lose by default."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """An experiment file and what becomes of it."""
+
+    file: Path
+    after: Experiment
+    text: str
+    """The new file, with the old one's comments."""
+    kept: tuple[str, ...]
+    """The languages, guards among them, that both experiments are scored on."""
+
+    def write(self) -> None:
+        """Replace the file."""
+        with storage_errors(self.file.absolute().parent):
+            write_text(self.file, self.text)
+
+
+def with_language(file: Path, language: str, corpora: Mapping[str, Any] | None = None) -> Change:
+    """Add a language to an experiment file; `corpora` is where its speech comes from, None for where the others' does.
+
+    A guard language becomes one with experts. Raises ConfigError, or InputError where there is no model to compare
+    with.
+    """
+    before, data = _read(file)
+    if language in before.languages:
+        raise ConfigError(f"{file} has the language {language} already: `lors run {file}` trains what is missing of it")
+    data["languages"].append(language)
+    if "sequence" in data and data["sequence"] is not None:
+        data["sequence"].append(language)
+    guards = data.get("evaluate", {}).get("guard", [])
+    if language in guards:
+        guards.remove(language)
+    if corpora is not None:
+        data.setdefault("corpora_of", {})[language] = dict(corpora)
+    return _change(file, before, data, language)
+
+
+def without_language(file: Path, language: str) -> Change:
+    """Take a language out of an experiment file, and all that names it. Raises as `with_language`."""
+    before, data = _read(file)
+    if language not in before.languages:
+        raise ConfigError(
+            f"{file} has no language {language!r}{nearest(language, before.languages)}; it has "
+            f"{', '.join(before.languages)}"
+        )
+    if len(before.languages) == 1:
+        raise ConfigError(f"{language} is the only language of {file}: there would be nothing to merge")
+    for names in (data["languages"], data.get("sequence") or []):
+        if language in names:
+            names.remove(language)
+    corpora, merge = data.get("corpora", {}), data.get("merge", {})
+    for section in (corpora.get("overrides") or {}, data.get("corpora_of") or {}, merge.get("weights") or {}):
+        for name in (language, f"{language}-transcribe", f"{language}-translate"):
+            section.pop(name, None)
+    return _change(file, before, data, language)
+
+
+def _read(file: Path) -> tuple[Experiment, Any]:
+    before = load_experiment(file)
+    if not (before.output / "summary.json").is_file():
+        raise InputError(
+            f"{before.output} has no model that a new one could be compared with: `lors run {file}` makes it"
+        )
+    return before, _yaml().load(file.read_text("utf-8"))
+
+
+def _change(file: Path, before: Experiment, data: Any, language: str) -> Change:
+    text = io.StringIO()
+    _yaml().dump(data, text)
+    after = parse_experiment(YAML(typ="safe").load(text.getvalue()), f"{file} with the change")
+    kept = tuple(name for name in before.spoken if name in after.spoken and name != language)
+    return Change(file, after, text.getvalue(), kept)
+
+
+def _yaml() -> YAML:
+    yaml = YAML()  # keeps comments, quotes and order
+    yaml.width = 120
+    yaml.preserve_quotes = True
+    return yaml
+
+
+def compare_outputs(before: Path, after: Path, languages: Collection[str], tolerance: float) -> tuple[str, list[str]]:
+    """The merged model's main scores of two outputs side by side, as Markdown, and what got worse by more than
+    `tolerance` points, such as `es WER`.
+    """
+    old, new = _scores(before), _scores(after)
+    rows = ["| language | metric | before | after | change | |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    worse = []
+    for (language, metric), value in new.items():
+        known = old.get((language, metric)) if language in languages else None
+        change = None if known is None else value - known
+        loss = None if change is None else (change if metric in ("wer", "cer") else -change)
+        mark = ""
+        if loss is not None and loss > tolerance:
+            worse.append(f"{language} {metric.upper()}")
+            mark = "worse"
+        shown = ["" if number is None else f"{number:.1f}" for number in (known, value)]
+        cells = [language, metric.upper(), *shown, "" if change is None else f"{change:+.1f}", mark]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows), worse
+
+
+def _scores(output: Path) -> dict[tuple[str, str], float]:
+    """The merged system's value by (language, metric), means over the seeds where there are several."""
+    from lors.model_folder import read_json
+    from lors.scoring.files import load_results
+    from lors.scoring.results import main_rows
+
+    folders = (
+        [output] if (output / "summary.json").is_file() else sorted(p.parent for p in output.glob("*/summary.json"))
+    )
+    found: dict[tuple[str, str], list[float]] = {}
+    for folder in folders:
+        method = read_json(folder / "summary.json")["experiment"]["merge"].get("method", "lors")
+        rows = main_rows(load_results(folder))
+        for row in rows[rows.system == method].itertuples():
+            found.setdefault((str(row.language), str(row.metric)), []).append(float(row.value))
+    return {name: sum(values) / len(values) for name, values in found.items()}
