@@ -140,7 +140,8 @@ def transcribe(
         on_progress: called with (utterances done, all).
 
     Raises:
-        InputError: the model does not take the language or the task, or an utterance is longer than the window.
+        InputError: the model does not take the language or the task, or an utterance is longer than the window or
+            too long for the device's memory, alone as well: a batch that does not fit is decoded in smaller parts.
     """
     if unknown := [task for task in tasks if task not in TASKS]:
         raise InputError(f"the task {unknown[0]!r} is unknown; Whisper's tasks are {' and '.join(TASKS)}")
@@ -155,7 +156,7 @@ def transcribe(
     if device is not None:
         model.to(device)
     found: dict[tuple[str, int], Hypothesis] = {}
-    done, earlier = 0, _Finished(finished)
+    done, parts, earlier = 0, 1, _Finished(finished)
     with _decoding(model, beams) as config, packed_linears(model):
         asked = _Asked(
             language=language,
@@ -171,7 +172,16 @@ def transcribe(
             if written is None:
                 with torch.inference_mode(), architecture.windowed(model, seconds):
                     inputs = architecture.collate(model.config, cache.features(batch), seconds)
-                    written = _written(model, tokenizer, writer, config, asked, batch, inputs, seconds)
+                    whole = _Batch(batch, inputs, seconds)
+                    while (written := _fitting(model, tokenizer, writer, config, asked, whole.split(parts))) is None:
+                        torch.cuda.empty_cache()
+                        if parts >= len(batch):
+                            raise InputError(
+                                f"utterance {batch[0].id} ({batch[0].seconds:.1f} s) alone does not fit in the memory "
+                                f"of the device with a window of {seconds:g} s and {beams} beam(s): lower the window, "
+                                "the beams or the corpus' max_seconds"
+                            )
+                        parts *= 2  # for the batches after this one too
                 earlier.add(written)
             places = [(task, row) for task in prompts for row in rows]
             found.update(zip(places, written, strict=True))
@@ -270,17 +280,45 @@ class _Asked:
     max_new_tokens: int | None
 
 
-def _written(
-    model: Any,
-    tokenizer: Any,
-    writer: Writer,
-    config: Any,
-    asked: _Asked,
-    batch: Sequence[Utterance],
-    inputs: Mapping[str, Tensor],
-    window: float,
-) -> list[Hypothesis]:
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Utterances that are decoded at once."""
+
+    utterances: Sequence[Utterance]
+    inputs: Mapping[str, Tensor]
+    window: float
+
+    def split(self, count: int) -> list[_Batch]:
+        """At most so many consecutive parts of it, none empty."""
+        size = ceil(len(self.utterances) / count)
+        return [
+            _Batch(
+                self.utterances[start : start + size],
+                {name: tensor[start : start + size] for name, tensor in self.inputs.items()},
+                self.window,
+            )
+            for start in range(0, len(self.utterances), size)
+        ]
+
+
+def _fitting(
+    model: Any, tokenizer: Any, writer: Writer, config: Any, asked: _Asked, parts: Sequence[_Batch]
+) -> list[Hypothesis] | None:
+    """The hypotheses of a batch's parts, task by task; None where the memory ran out.
+
+    The caller then has no error that would hold what was computed until there.
+    """
+    try:
+        found = [h for part in parts for h in _written(model, tokenizer, writer, config, asked, part)]
+    except torch.OutOfMemoryError:
+        return None
+    tasks = list(asked.prompts)
+    return sorted(found, key=lambda hypothesis: tasks.index(hypothesis.task))
+
+
+def _written(model: Any, tokenizer: Any, writer: Writer, config: Any, asked: _Asked, part: _Batch) -> list[Hypothesis]:
     """The hypotheses of one batch, task by task."""
+    batch, inputs, window = part.utterances, part.inputs, part.window
     limits = [
         token_limit(utterance.seconds, asked.most)
         if asked.max_new_tokens is None

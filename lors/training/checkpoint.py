@@ -46,6 +46,8 @@ class Progress:
     best_value: float = 0.0
     without_better: int = 0
     """Validations since the best one."""
+    split: int = 1
+    """How many times more parts than `accumulate` a batch is computed in: doubled where the memory ran out."""
     scaler: dict[str, Any] = field(default_factory=dict)
 
 

@@ -46,6 +46,7 @@ Score = Callable[[Any], float]
 _AHEAD = 4
 
 
+@update.memory_errors()
 def fine_tune(
     model: Any,
     train: Sequence[Example],
@@ -70,7 +71,8 @@ def fine_tune(
         stop: asked after each step; where it returns True, a checkpoint is written and StepFailedError raised.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite, or the disk is full; the last checkpoint is kept.
+        TrainingError: the loss or the gradient is not finite, the disk is full, or a single utterance does not fit in
+            the device's memory; the last checkpoint is kept.
         ConfigError: `settings` do not fit this model, its examples or its device.
         InputError: the checkpoint in `work` is of another training, or an extra is missing.
 
@@ -182,8 +184,7 @@ def _step(run: _Run, batch: Batch) -> dict[str, Any]:
     done = steps_done(settings, state.progress)
     rate = run.peak * rate_share(done, settings.steps, settings.warmup, settings.schedule)
     run.model.train()
-    update.seed_step(settings.seed, step, run.us.rank)
-    loss = update.gradient(run.model, run.together, batch, state, settings.label_smoothing, run.dtype, run.us)
+    loss = _gradient(run, batch)
     norm = update.clipped_norm(state, settings.clip)
     if reason := update.not_finite(loss, norm, state.scaler):
         run.save()
@@ -193,6 +194,38 @@ def _step(run: _Run, batch: Batch) -> dict[str, Any]:
         )
     update.apply(state, rate, settings.ema)
     return {"step": step + 1, "loss": round(loss, 5), "learning_rate": rate}
+
+
+def _gradient(run: _Run, batch: Batch) -> float:
+    """`update.gradient`, in smaller parts where the device's memory runs out, in this step and in all after it."""
+    progress, step = run.state.progress, run.state.progress.step + 1
+    while (loss := _loss(run, parts := batch.split(progress.split))) is None:
+        # The failed attempt's activations went with its error, and its gradients go here.
+        run.state.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if run.us.size > 1:  # the others may be past this step's parts: they cannot do them again
+            raise update.out_of_memory(f"the share of step {step} of one of {run.us.size} processes")
+        if max(len(part.labels) for part in parts.parts) == 1:
+            raise update.out_of_memory(f"a single utterance of step {step}")
+        progress.split *= 2
+        run.report(
+            {
+                "message": f"step {step} did not fit in the memory of the device: from here on batches are computed in "
+                f"{progress.split} times as many parts, for the same updates; finetune.accumulate: "
+                f"{run.settings.accumulate * progress.split} does so from the first step on"
+            }
+        )
+    return loss
+
+
+def _loss(run: _Run, batch: Batch) -> float | None:
+    """None where the memory ran out. The caller then has no error that would hold this attempt's activations."""
+    settings, state = run.settings, run.state
+    update.seed_step(settings.seed, state.progress.step, run.us.rank)
+    try:
+        return update.gradient(run.model, run.together, batch, state, settings.label_smoothing, run.dtype, run.us)
+    except torch.OutOfMemoryError:
+        return None
 
 
 # What a training is made of

@@ -6,7 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -40,6 +40,14 @@ class Part:
     weight: float
     """0 where the process has no share of the batch and computes only to keep step with the others."""
 
+    def split(self, count: int) -> list[Part]:
+        """At most so many consecutive parts of it, none empty."""
+        count = min(count, len(self.labels))
+        columns = [tensor.tensor_split(count) for tensor in self.inputs.values()]
+        inputs = [dict(zip(self.inputs, tensors, strict=True)) for tensors in zip(*columns, strict=True)]
+        labels = self.labels.tensor_split(count)
+        return [Part(own, rows, self.weight) for own, rows in zip(inputs, labels, strict=True)]
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -50,6 +58,10 @@ class Batch:
     """Seconds."""
     tokens: int
     samples: int
+
+    def split(self, count: int) -> Batch:
+        """The same batch with each part in at most so many."""
+        return replace(self, parts=[piece for part in self.parts for piece in part.split(count)])
 
 
 @dataclass(frozen=True, slots=True)

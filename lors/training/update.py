@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lors.errors import TrainingError
 from lors.speech.architecture import architecture_of
 from lors.training.checkpoint import State
 from lors.training.distributed import Team
@@ -18,7 +20,33 @@ from lors.training.loss import token_loss
 from lors.training.precision import require_scale
 from lors.training.weights import update_average
 
-__all__ = ["apply", "clipped_norm", "gradient", "not_finite", "part_loss", "seed_step"]
+__all__ = [
+    "apply",
+    "clipped_norm",
+    "gradient",
+    "memory_errors",
+    "not_finite",
+    "out_of_memory",
+    "part_loss",
+    "seed_step",
+]
+
+
+def out_of_memory(what: str) -> TrainingError:
+    return TrainingError(
+        f"{what} does not fit in the memory of the device: set finetune.gradient_checkpointing, freeze or lora, or "
+        "finetune.window to auto, or lower finetune.batch_seconds or corpora.max_seconds, then run again "
+        "(docs/training.md says what needs less memory)"
+    )
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Inside, a device without memory is a TrainingError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory("the training") from error
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -280,6 +280,48 @@ def test_finished_batches_are_not_decoded_again(whisper: tuple[Any, Any], tmp_pa
     hook.remove()
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("place", ["encoder", "decoder"])
+def test_a_batch_that_does_not_fit_in_memory_is_decoded_in_parts(
+    whisper: tuple[Any, Any], tmp_path: Path, place: str, beams: int
+) -> None:
+    """Only GPUs raise such errors, so a hook does here."""
+    model, processor = whisper
+    tried: list[int] = []
+
+    def full(module: Any, arguments: Any, named: Any) -> None:
+        rows = len(arguments[0] if arguments else named["input_ids"])
+        tried.append(rows)
+        if rows > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def transcribed(name: str) -> Any:
+        tried.clear()
+        return transcribe(
+            model, processor, UTTERANCES, language="es", beams=beams, identify=beams == 1, max_new_tokens=12,
+            window=12.0, batch_seconds=48, finished=tmp_path / name,
+        )  # fmt: skip
+
+    module = model.model.encoder if place == "encoder" else model.model.decoder
+    copies = 1 if place == "encoder" else beams
+    most = 100
+    hook = module.register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        plain = transcribed("plain")
+        assert max(tried) == 4 * copies
+        for most, failures in ((2 * copies, 1), (copies, 2)):
+            assert transcribed(str(most)) == plain
+            assert sum(rows > most for rows in tried) == failures  # the batches after it are split as well
+            assert (tmp_path / str(most)).read_bytes() == (tmp_path / "plain").read_bytes()
+        most = 0
+        with pytest.raises(
+            InputError, match=r"utterance u4 \(11\.0 s\) alone does not fit in the memory of the device"
+        ):
+            transcribed("none")
+    finally:
+        hook.remove()
+
+
 @settings(max_examples=4)
 @given(st.permutations(UTTERANCES), st.sampled_from([1.0, 30.0, 80.0, 500.0]), st.booleans())
 def test_neither_order_nor_batches_change_a_hypothesis(

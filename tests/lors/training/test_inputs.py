@@ -62,6 +62,19 @@ def test_parts_are_the_batch(parts: int, processes: int) -> None:
     assert all(len(own.parts) == 1 and len(own.parts[0].labels) == 1 for own in idle)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("architecture", [Whisper(), Moonshine()])
+def test_a_split_batch_is_the_batch(architecture: Any, count: int) -> None:
+    whole = Inputs(examples(), architecture, CONFIG, "auto").batch(everything(), 2)
+    split = whole.split(count)
+    assert (split.window, split.tokens, split.samples) == (whole.window, whole.tokens, whole.samples)
+    sizes = [len(part.labels) for part in split.parts]
+    assert (len(sizes), min(sizes) > 0, max(sizes)) == (2 * min(count, 6), True, -(-6 // count))
+    assert torch.equal(*(torch.cat([part.labels for part in batch.parts]) for batch in (whole, split)))
+    for name in whole.parts[0].inputs:
+        assert torch.equal(*(torch.cat([part.inputs[name] for part in batch.parts]) for batch in (whole, split))), name
+
+
 def test_a_speed_decides_the_window_and_is_drawn_by_seed_epoch_and_id() -> None:
     augment = Augment(speed=(0.5, 1.0, 2.0))
     found = inputs(augment=augment, seed=7)
