@@ -57,7 +57,7 @@ def with_language(file: Path, language: str, corpora: Mapping[str, Any] | None =
         guards.remove(language)
     if corpora is not None:
         data.setdefault("corpora_of", {})[language] = dict(corpora)
-    return _change(file, before, data, language)
+    return _change(file, before, data)
 
 
 def without_language(file: Path, language: str) -> Change:
@@ -77,7 +77,7 @@ def without_language(file: Path, language: str) -> Change:
     for section in (corpora.get("overrides") or {}, data.get("corpora_of") or {}, merge.get("weights") or {}):
         for name in (language, f"{language}-transcribe", f"{language}-translate"):
             section.pop(name, None)
-    return _change(file, before, data, language)
+    return _change(file, before, data)
 
 
 def _read(file: Path) -> tuple[Experiment, Any]:
@@ -89,11 +89,11 @@ def _read(file: Path) -> tuple[Experiment, Any]:
     return before, _yaml().load(file.read_text("utf-8"))
 
 
-def _change(file: Path, before: Experiment, data: Any, language: str) -> Change:
+def _change(file: Path, before: Experiment, data: Any) -> Change:
     text = io.StringIO()
     _yaml().dump(data, text)
     after = parse_experiment(YAML(typ="safe").load(text.getvalue()), f"{file} with the change")
-    kept = tuple(name for name in before.spoken if name in after.spoken and name != language)
+    kept = tuple(name for name in before.spoken if name in after.spoken)
     return Change(file, after, text.getvalue(), kept)
 
 

@@ -39,6 +39,8 @@ class Order:
     """`flow/deployment`."""
     parameters: Mapping[str, Any]
     """JSON values."""
+    name: str
+    """Of the worker's run."""
     tags: tuple[str, ...] = ()
 
 
@@ -102,6 +104,7 @@ def _run_for(client: SyncPrefectClient, order: Order, tag: str) -> FlowRun:
     made: Any = run_deployment(
         order.deployment,
         parameters=dict(order.parameters),
+        flow_run_name=order.name,
         tags=[*order.tags, tag],
         idempotency_key=f"{tag}:{len(known)}",
         timeout=0,

@@ -1,0 +1,56 @@
+"""A language more and a language less, on the tiny experiment."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from flows_helpers import Done, tiny, written
+from prefect.client.orchestration import get_client
+
+from flows.pipeline import add_language, full_pipeline, remove_language
+from lors.config import load_experiment
+from lors.errors import InputError, WorseError
+from lors.versions import history
+
+
+def test_a_language_comes_and_goes_and_no_model_is_lost(done: Done) -> None:
+    out = done.folder / "changed"
+    file = written(done.folder / "changed.yaml", tiny(done.folder, output=str(out), diagnose=False))
+    before = file.read_text()
+    full_pipeline(file=file)
+    first = (out / "model" / "model.safetensors").read_bytes()
+
+    with pytest.raises(WorseError) as refused:
+        add_language(file, "it", tolerance=-1000)  # whatever it is, it is worse
+    said = str(refused.value)
+    assert "es WER" in said
+    assert "Take it anyway with --accept" in said
+    assert "| es | WER |" in said
+    assert file.read_text() == before
+    assert (out / "model" / "model.safetensors").read_bytes() == first
+    assert [version["name"] for version in history(out)] == ["v1"]
+    assert json.loads((out / "candidate" / "summary.json").read_text())["experiment"]["languages"] == ["es", "fr", "it"]
+
+    added = add_language(file, "it", tolerance=-1000, accept=True)
+    assert added["computed"] == []  # the refused attempt computed it
+    assert load_experiment(file).languages == ("es", "fr", "it")
+    assert not (out / "candidate").exists()
+    assert (out / "model" / "model.safetensors").read_bytes() != first
+    assert [(version["name"], version["how"]) for version in history(out)] == [("v2", "add-language it"), ("v1", "run")]
+
+    removed = remove_language(file, "it", tolerance=1000)
+    assert [name for name in removed["computed"] if name.startswith(("prepare", "fine-tune", "extract"))] == []
+    assert load_experiment(file) == load_experiment(written(done.folder / "first.yaml", json.loads(json.dumps(
+        tiny(done.folder, output=str(out), diagnose=False)
+    ))))  # fmt: skip
+    assert (out / "model" / "model.safetensors").read_bytes() == first
+    with get_client(sync_client=True) as client:
+        query = {"artifacts": {"key": {"any_": ["lors-change"]}}}
+        assert "| it | WER |" in client.request("POST", "/artifacts/filter", json=query).text
+
+
+def test_a_flow_wants_an_experiment_or_its_file(done: Done) -> None:
+    for arguments in ({}, {"experiment": done.make(), "file": done.folder / "changed.yaml"}):
+        with pytest.raises(InputError, match="either an experiment or the file of one"):
+            full_pipeline(**arguments)
