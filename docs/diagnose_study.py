@@ -37,10 +37,11 @@ from lors.config import Experiment, Expert, load_experiment
 from lors.diagnostics import Diagnosis, diagnose
 from lors.errors import InputError
 from lors.pipeline import build_steps, resolve_base
+from lors.s3_store import open_store
 from lors.speech.architecture import architecture_of
 from lors.speech.corpus import read_split
 from lors.speech.load import load_model
-from lors.store import Store, step_key, write_json
+from lors.store import step_key, write_json
 from lors.task_vector import TaskVector, apply
 from lors.training.finetune import examples_for, validation_loss
 
@@ -50,7 +51,7 @@ EXACT, RELABELLINGS = 7, 10_000
 
 def artifacts(experiment: Experiment) -> dict[str, tuple[Path, str]]:
     """(folder, digest) of each prepared split and expert of an experiment, by the name of its step."""
-    store = Store(experiment.store)
+    store = open_store(experiment.store)
     found: dict[str, Any] = {}
     for step in build_steps(experiment, store).values():
         if step.stage in ("prepare_split", "fine_tune"):

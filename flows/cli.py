@@ -302,12 +302,12 @@ def _under_prefect(
     """What a flow returns, run with progress; and how many steps there are."""
     from lors.outputs import require_writable
     from lors.pipeline import plan
-    from lors.store import Store
+    from lors.s3_store import open_store
     from lors.sweep import build_variants
 
-    for folder in (output, variants[0].experiment.store):
+    store = open_store(variants[0].experiment.store)
+    for folder in (output, store.root):
         require_writable(folder)
-    store = Store(variants[0].experiment.store)
     steps, _ = build_variants(variants, store)
     planned = plan(steps, store)
 
@@ -333,10 +333,10 @@ def _under_prefect(
 
 def _plan(options: argparse.Namespace) -> int:
     from lors.pipeline import plan
-    from lors.store import Store
+    from lors.s3_store import open_store
     from lors.sweep import build_variants, parse_grid, variants
 
-    store = Store(_experiment(options).store)
+    store = open_store(_experiment(options).store)
     steps, _ = build_variants(variants(options.file, options.set, parse_grid(options.grid)), store)
     planned = plan(steps, store)
     if options.json:

@@ -65,13 +65,14 @@ def _check(options: argparse.Namespace) -> int:
     from flows.progress import RunProgress
     from lors.config import load_experiment
     from lors.outputs import require_writable
+    from lors.s3_store import open_store
     from lors.speech.data_check import check
     from lors.speech.data_check_page import page
     from lors.store import storage_errors, write_json
 
     experiment = load_experiment(options.file, options.set)
     out = options.out or experiment.output
-    for folder in (out, experiment.store):
+    for folder in (out, open_store(experiment.store).root):
         require_writable(folder)
     report = check(experiment, RunProgress)
     with storage_errors(out):

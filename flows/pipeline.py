@@ -28,9 +28,10 @@ from lors.outputs import publish, publish_sweep, require_writable
 from lors.pipeline import Sources, Step, Workspace, keep_base_step, plan, sources_of
 from lors.report import write_report
 from lors.resources import shares
+from lors.s3_store import open_store
 from lors.settings import Language, Task
 from lors.speech.corpora.settings import Corpora
-from lors.store import Artifact, Store
+from lors.store import Artifact
 from lors.sweep import Variant, build_variants, seed_variants
 from tasks.dispatch import Order, require_deployments
 from tasks.runtime import Runtime, use
@@ -228,7 +229,7 @@ def _runtime(experiment: Experiment, writes: bool = True) -> Iterator[Runtime]:
     context = FlowRunContext.get()
     assert context is not None, "called by a flow"
     assert context.flow_run is not None
-    flow_run, store = context.flow_run.id, Store(experiment.store)
+    flow_run, store = context.flow_run.id, open_store(experiment.store)
     for folder in (experiment.output, store.root) if writes else (store.root,):
         require_writable(folder)
     count, threads, devices = shares(experiment)
@@ -280,7 +281,7 @@ def _orders(
                 **about,
             }
             tags = ("lors", "train", *(f"{key}:{value}" for key, value in about.items()))
-            orders[there] = Order(deployment, parameters, tags)
+            orders[there] = Order(deployment, parameters, there.replace("fine-tune", "train", 1), tags)
     require_deployments({order.deployment for order in orders.values()})
     return orders
 

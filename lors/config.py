@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, field_validat
 from lors.errors import ConfigError, InputError
 from lors.merging.recipe import Group, Recipe
 from lors.prune_settings import PruneSettings
+from lors.s3_bucket import check_url
 from lors.settings import Language, Section, Task, nearest
 from lors.speech.corpora.settings import (
     CommonVoiceCorpora,
@@ -168,6 +169,9 @@ class Expert(Section):
         return f"{self.language}-{self.task}"
 
 
+S3Url = Annotated[str, Field(pattern=r"^s3://")]
+
+
 class Experiment(Section):
     """Everything a run depends on."""
 
@@ -207,8 +211,17 @@ class Experiment(Section):
     """Where models are trained: in child processes of the run, or by Prefect workers that share the store."""
     output: Path
     """The folder for the results."""
-    store: Path = Path("store")
-    """The folder for everything computed, shared by experiments and machines."""
+    store: Path | S3Url = Path("store")
+    """The folder for everything computed, shared by experiments and machines; or `s3://bucket/prefix`, with the extra
+    `s3`, credentials by the AWS variables, and LORS_STAGING as the local folder (default: ~/.cache/lors/s3)."""
+
+    @field_validator("store", mode="before")
+    @classmethod
+    def _folder_or_url(cls, value: Any) -> Any:
+        if isinstance(value, Path) and value.parts[:1] == ("s3:",):
+            raise ValueError("an S3 URL is given as text: Path has changed its slashes")
+        is_url = isinstance(value, str) and value.lower().startswith("s3:")
+        return check_url(value) if is_url else value
 
     @field_validator("compare")
     @classmethod

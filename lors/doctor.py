@@ -16,6 +16,7 @@ from typing import Any
 from lors.config import Experiment, load_experiment
 from lors.errors import LorsError
 from lors.resources import cores, devices
+from lors.s3_store import S3Store, open_store
 
 __all__ = ["Check", "examine"]
 
@@ -48,7 +49,7 @@ def examine(file: Path | None = None) -> list[Check]:
         checks += _guarded(check)
     checks += _guarded(_disk, experiment) + _guarded(_base, experiment)
     if experiment is not None:
-        checks += _guarded(_steps, experiment)
+        checks += _guarded(_bucket, experiment) + _guarded(_steps, experiment)
     return checks
 
 
@@ -131,13 +132,25 @@ def _synthesis() -> Iterator[Check]:
 
 
 def _disk(experiment: Experiment | None) -> Iterator[Check]:
-    folders = {"store": experiment.store, "output": experiment.output} if experiment else {"folder": Path()}
+    folders = {"folder": Path()}
+    if experiment is not None:
+        folders = {"store": open_store(experiment.store).root, "output": experiment.output}
     for name, folder in folders.items():
         existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(existing).free
         enough, writable = free >= _LOW_DISK, existing.is_dir() and os.access(existing, os.W_OK)
         found = f"{name} {folder.absolute()}: {free / 2**30:.1f} GiB free" + ("" if writable else ", not writable")
         yield Check("disk", enough and writable, found, "free space, change permissions or choose another folder")
+
+
+def _bucket(experiment: Experiment) -> Iterator[Check]:
+    try:
+        store = open_store(experiment.store)
+        if isinstance(store, S3Store):
+            store.probe()
+            yield Check("bucket", True, f"{store.url} can be listed, read and written, with conditions")
+    except LorsError as error:
+        yield Check("bucket", False, str(error), "see the message")
 
 
 def _base(experiment: Experiment | None) -> Iterator[Check]:
@@ -154,9 +167,9 @@ def _base(experiment: Experiment | None) -> Iterator[Check]:
 
 def _steps(experiment: Experiment) -> Iterator[Check]:
     from lors.pipeline import build_steps
-    from lors.store import Store
 
     try:
-        yield Check("corpora", True, f"{len(build_steps(experiment, Store(experiment.store)))} steps can be planned")
+        steps = build_steps(experiment, open_store(experiment.store))
+        yield Check("corpora", True, f"{len(steps)} steps can be planned")
     except LorsError as error:
         yield Check("corpora", False, str(error), "correct the experiment or the corpus")

@@ -29,6 +29,7 @@ from lors.pipeline import (
     scoring_steps,
 )
 from lors.resources import shares
+from lors.s3_store import open_store
 from lors.speech.base_model import check_base
 from lors.store import Artifact, Store, write_json
 
@@ -173,9 +174,9 @@ def evaluate(
         InputError: a model, the speech or a setting is wrong.
         CorpusError: the speech of a language has no translations, and translate is a task.
     """
-    for folder in (experiment.output, experiment.store):
+    store, started = open_store(experiment.store), time.monotonic()
+    for folder in (experiment.output, store.root):
         require_writable(folder)
-    store, started = Store(experiment.store), time.monotonic()
     steps = _steps(experiment, models, split, store)
     cached = {planned.step.name for planned in plan(steps, store) if planned.cached}
     with progress(len(steps), len(cached)) as listener:

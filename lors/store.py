@@ -29,17 +29,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from lors.errors import InputError, LorsError
-from lors.lease import Lease, hold
+from lors.lease import hold
 
 __all__ = [
     "Artifact",
+    "Held",
     "Memo",
     "Production",
     "Store",
     "file_digest",
+    "read_manifest",
     "step_key",
     "storage_errors",
     "sync_to_disk",
@@ -168,6 +170,16 @@ class Production:
         return self.artifact
 
 
+class Held(Protocol):
+    """A lock that is held, such as `lors.lease.Lease`."""
+
+    taken_over: bool
+    """Whether a holder before hangs here: he may wake up and write on."""
+
+    def check(self) -> None:
+        """Raises StepFailedError where another process has taken the lock over."""
+
+
 class Memo(MutableMapping[str, str]):
     """sha256 by file and stat, kept in one JSON file (see `file_digest`); thread-safe. Losing it costs time alone."""
 
@@ -260,26 +272,16 @@ class Store:
             self.memo.save()
 
     def _checked(self, stage: str, key: str, verify: bool | Literal["full"]) -> Artifact:
-        try:
-            manifest = json.loads((self._entry(stage, key) / "manifest.json").read_bytes())
-        except ValueError as error:
-            raise ValueError(f"manifest.json is not JSON: {error}") from error
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"manifest.json has format {manifest['format']!r}, not {FORMAT}")
-        recorded = step_key(manifest["stage"], manifest["version"], manifest["settings"], manifest["inputs"])
-        if (manifest["stage"], manifest["key"], recorded) != (stage, key, key):
-            raise ValueError("manifest.json belongs to another step")
-        files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-        artifact = Artifact._parse({**manifest, "files": files})
-        folder = self.path(artifact)
+        folder = self._entry(stage, key) / "files"
+        artifact, sizes = read_manifest((folder.parent / "manifest.json").read_bytes(), stage, key)
         inside = folder.resolve()
-        for name, sha256 in files.items():
+        for name, sha256 in artifact.files.items():
             path = folder / name
             if not path.resolve().is_relative_to(inside):
                 raise ValueError(f"{name} is a link that leaves the entry")
             status = path.stat()
-            if not stat.S_ISREG(status.st_mode) or status.st_size != manifest["files"][name]["bytes"]:
-                raise ValueError(f"{name} has {status.st_size} bytes, not {manifest['files'][name]['bytes']}")
+            if not stat.S_ISREG(status.st_mode) or status.st_size != sizes[name]:
+                raise ValueError(f"{name} has {status.st_size} bytes, not {sizes[name]}")
             if verify == "full":
                 self.memo.pop(str(path), None)
             if verify and file_digest(path, self.memo) != sha256:
@@ -304,7 +306,7 @@ class Store:
         *,
         timeout: float | None = None,  # seconds; None waits for ever
         on_wait: Callable[[str], None] = _logger.info,  # called once with a sentence that names the holder
-    ) -> Iterator[Lease]:
+    ) -> Iterator[Held]:
         """Hold a step's lock, which frees itself when its holder dies or hangs (see `lors.lease`).
 
         LorsError after `timeout`; InputError where the file system has no locks.
@@ -335,7 +337,7 @@ class Store:
         """
         assert key == step_key(stage, version, settings, inputs), "the key is not that of these settings and inputs"
         with self.lock(stage, key, timeout=timeout, on_wait=on_wait) as lease:
-            hit = self.find(stage, key)
+            hit = self._hit(stage, key)
             work = self._work(stage, key, anew=lease.taken_over)
             out, staged, aside = work / "out", work / ".entry", work / ".invalid"
 
@@ -354,6 +356,10 @@ class Store:
                 yield production
             assert production.artifact is not None, f"the {stage} step ended without publishing"
             shutil.rmtree(work, ignore_errors=True)
+
+    def _hit(self, stage: str, key: str) -> Artifact | None:
+        """What `find` says under the lock."""
+        return self.find(stage, key)
 
     def _work(self, stage: str, key: str, anew: bool) -> Path:
         """The work folder of a key, by another name where a hung process may wake up and write by the old one."""
@@ -439,6 +445,25 @@ def file_digest(path: Path, memo: MutableMapping[str, str] | None = None) -> str
 def _stamp(status: os.stat_result) -> str:
     # ctime too: a program can set the mtime back after a change, but not the ctime.
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+
+
+def read_manifest(
+    content: bytes,  # of a manifest.json
+    stage: str,
+    key: str,
+) -> tuple[Artifact, dict[str, int]]:  # and the bytes of each file
+    """Raises KeyError, TypeError, AttributeError or ValueError where it is not the manifest of that step."""
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"manifest.json is not JSON: {error}") from error
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"manifest.json has format {manifest['format']!r}, not {FORMAT}")
+    recorded = step_key(manifest["stage"], manifest["version"], manifest["settings"], manifest["inputs"])
+    if (manifest["stage"], manifest["key"], recorded) != (stage, key, key):
+        raise ValueError("manifest.json belongs to another step")
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    return Artifact._parse({**manifest, "files": files}), {n: entry["bytes"] for n, entry in manifest["files"].items()}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from lors.errors import CheckpointError, LorsError
 from lors.isolate import Slots
 from lors.pipeline import Step, Workspace, plan, prepare_step, resolve_base, run_step
 from lors.resources import shares
+from lors.s3_store import open_store
 from lors.speech.base_model import check_base
 from lors.speech.corpus import SPLITS
 from lors.speech.data_facts import (
@@ -66,7 +67,7 @@ def check(experiment: Experiment, progress: Progress = _silent) -> DataReport:
 
     Raises InputError: the base is missing, or does not take a language or a task.
     """
-    base, store = resolve_base(experiment.base), Store(experiment.store)
+    base, store = resolve_base(experiment.base), open_store(experiment.store)
     steps, findings = _steps(experiment, base, store)
     cached = {planned.step.name for planned in plan(steps, store) if planned.cached}
     facts: list[SplitFacts] = []
