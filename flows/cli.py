@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import checkpoints, data, evaluation, services, versions
-from lors.changes import TOLERANCE
 from lors.errors import InputError, LorsError
 
 if TYPE_CHECKING:
@@ -155,9 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--tolerance",
             type=float,
-            default=TOLERANCE,
             metavar="POINTS",
-            help=f"of WER, CER or BLEU that another language may lose (default {TOLERANCE:g})",
+            help="of WER, CER or BLEU that another language may lose (default 1)",
         )
         made.add_argument("--accept", action="store_true", help="take the new model whatever got worse")
         if name == "add-language":
@@ -258,9 +256,7 @@ def _add_language(options: argparse.Namespace) -> int:
         from flows.pipeline import add_language
 
         own = {"corpora": change.after.corpora_of.get(options.language), "dispatch": options.on}
-        changed: dict[str, Any] = add_language(
-            options.file, options.language, tolerance=options.tolerance, accept=options.accept, **own
-        )
+        changed: dict[str, Any] = add_language(options.file, options.language, **_verdict(options), **own)
         return changed
 
     return _changed(options, change.after, flow)
@@ -274,12 +270,16 @@ def _remove_language(options: argparse.Namespace) -> int:
     def flow() -> dict[str, Any]:
         from flows.pipeline import remove_language
 
-        changed: dict[str, Any] = remove_language(
-            options.file, options.language, tolerance=options.tolerance, accept=options.accept
-        )
+        changed: dict[str, Any] = remove_language(options.file, options.language, **_verdict(options))
         return changed
 
     return _changed(options, change.after, flow)
+
+
+def _verdict(options: argparse.Namespace) -> dict[str, Any]:
+    """When the new model is taken; what is not given is as the flow has it."""
+    given = {} if options.tolerance is None else {"tolerance": options.tolerance}
+    return {**given, "accept": options.accept}
 
 
 def _changed(options: argparse.Namespace, after: Experiment, flow: Callable[[], dict[str, Any]]) -> int:
@@ -319,7 +319,8 @@ def _under_prefect(
     from flows.progress import RunProgress
     from tasks.runtime import LISTENERS
 
-    with RunProgress(len(planned), sum(p.cached for p in planned)) as progress:
+    known = {p.step.name for p in planned if p.cached}
+    with RunProgress(len(planned), len(known), known) as progress:
         started = time.monotonic()
         connect()
         progress.say(f"Prefect's API is there after {time.monotonic() - started:.1f} s")

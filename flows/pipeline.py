@@ -3,6 +3,7 @@ Prefect."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,7 +64,7 @@ def _run_name() -> str:
     return f"{context.flow.name} {about}"
 
 
-@flow(name="full-pipeline", flow_run_name=_run_name, task_runner=_RUNNER)
+@flow(name="full-pipeline", flow_run_name=_run_name, task_runner=_RUNNER, result_serializer="json")
 def full_pipeline(
     experiment: Experiment | None = None, file: Path | None = None, dispatch: Place | None = None
 ) -> dict[str, Any]:
@@ -79,14 +80,14 @@ def full_pipeline(
         return _run_and_publish(seed_variants(experiment), experiment.output, runtime)
 
 
-@flow(name="sweep", flow_run_name="sweep {output}", task_runner=_RUNNER)
+@flow(name="sweep", flow_run_name="sweep {output}", task_runner=_RUNNER, result_serializer="json")
 def sweep(variants: list[Variant], output: Path) -> dict[str, Any]:
     """Variants of one experiment as one graph; what they have in common is computed once. Writes no models."""
     with _runtime(variants[0].experiment) as runtime:
         return _run_and_publish(variants, output, runtime, models=False)
 
 
-@flow(name="train-expert", flow_run_name="train {language}-{task}", task_runner=_RUNNER)
+@flow(name="train-expert", flow_run_name="train {language}-{task}", task_runner=_RUNNER, result_serializer="json")
 def train_expert(
     experiment: Experiment, language: Language, task: Task, sources: Sources | None = None
 ) -> dict[str, Any]:
@@ -99,6 +100,9 @@ def train_expert(
         task: What the expert does: transcribe, or translate into English.
         sources: What the dispatching run read of the base and the corpora; none: they are read here.
     """
+    if experiment.seeds is None and experiment.resources.parallel == "auto":
+        alone = experiment.resources.model_copy(update={"parallel": 1})  # all cores for the one training
+        experiment = experiment.model_copy(update={"resources": alone})
     with _runtime(experiment, writes=False) as runtime:
         expert = next((e for e in experiment.experts if (e.language, e.task) == (language, task)), None)
         if expert is None:
@@ -109,7 +113,7 @@ def train_expert(
         return _run(last, steps, runtime)[last[0]].to_json()
 
 
-@flow(name="train-baselines", flow_run_name="train baselines", task_runner=_RUNNER)
+@flow(name="train-baselines", flow_run_name="train baselines", task_runner=_RUNNER, result_serializer="json")
 def train_baselines(experiment: Experiment, sources: Sources | None = None) -> dict[str, Any]:
     """The models of `baselines` that are trained on all languages. Returns the artifact of each (with `seeds`, which
     are all trained, that of the first).
@@ -128,7 +132,7 @@ def train_baselines(experiment: Experiment, sources: Sources | None = None) -> d
         return {baseline: artifacts[called[0][name]].to_json() for baseline, name in wanted.items()}
 
 
-@flow(name="merge-and-evaluate", flow_run_name=_run_name, task_runner=_RUNNER)
+@flow(name="merge-and-evaluate", flow_run_name=_run_name, task_runner=_RUNNER, result_serializer="json")
 def merge_and_evaluate(experiment: Experiment | None = None, file: Path | None = None) -> dict[str, Any]:
     """From experts that are in the store already: merge, search the scaling, evaluate all systems, write the output.
 
@@ -150,7 +154,7 @@ def merge_and_evaluate(experiment: Experiment | None = None, file: Path | None =
         return _run_and_publish(variants, experiment.output, runtime)
 
 
-@flow(name="add-language", flow_run_name="add {language}", task_runner=_RUNNER)
+@flow(name="add-language", flow_run_name="add {language}", task_runner=_RUNNER, result_serializer="json")
 def add_language(
     file: Path,
     language: Language,
@@ -175,7 +179,7 @@ def add_language(
     return _change(change, f"add-language {language}", tolerance, accept)
 
 
-@flow(name="remove-language", flow_run_name="remove {language}", task_runner=_RUNNER)
+@flow(name="remove-language", flow_run_name="remove {language}", task_runner=_RUNNER, result_serializer="json")
 def remove_language(
     file: Path, language: Language, tolerance: float = TOLERANCE, accept: bool = False
 ) -> dict[str, Any]:
@@ -192,6 +196,8 @@ def remove_language(
 
 def _change(change: Change, how: str, tolerance: float, accept: bool) -> dict[str, Any]:
     """Compute the changed experiment beside the current model, and put it in its place where that loses nothing."""
+    if not math.isfinite(tolerance):
+        raise InputError(f"the tolerance {tolerance} is not a number of points")
     experiment, trial = change.after, change.after.output / CANDIDATE
     with _runtime(experiment) as runtime:
         beside = experiment.model_copy(update={"output": trial})

@@ -27,6 +27,8 @@ def prepare(store: Path) -> None:
     settings = {
         # Beside the artifacts they vouch for, so that deleting the store forgets both.
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(store / "prefect"),
+        # Reading a pickle runs what is in it, and the store may be shared.
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         # It needs 20 to 30 s on a busy machine; the default gives up after 20.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from lors.secrets import redact
 
 __all__ = ["RunProgress"]
 
@@ -19,11 +21,11 @@ _LINE_SECONDS = 15.0
 class RunProgress:
     """Listens to the events of steps (see `tasks.runtime.LISTENERS`), from any thread."""
 
-    def __init__(self, steps: int, cached: int) -> None:
-        """`cached` of the `steps` are in the store already; the bar counts the others."""
+    def __init__(self, steps: int, cached: int, known: Collection[str] = ()) -> None:
+        """`cached` of the `steps` are in the store already, `known` by name; the bar counts the others."""
         self._console = Console(stderr=True)
         self._lock = threading.Lock()
-        self._steps, self._finished = steps - cached, 0
+        self._steps, self._finished, self._known = steps - cached, 0, frozenset(known)
         self._told: dict[str, float] = {}
         self._bars: dict[str, TaskID] = {}
         self._progress: Progress | None = None
@@ -52,7 +54,9 @@ class RunProgress:
                 self._advance(step, event)
 
     def _finish(self, step: str, seconds: float | None) -> None:
-        self._finished += 1
+        # One that the plan has as cached says so too where Prefect has no record of it, as after another machine's run.
+        if seconds is not None or step not in self._known:
+            self._finished += 1
         if self._progress is not None:
             self._progress.update(self._all, completed=self._finished)
             if step in self._bars:
@@ -73,6 +77,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """Print a line, above the bars."""
+        text = redact(text)
         stamp = time.strftime("%H:%M:%S")
         if self._progress is not None:
             self._progress.console.print(f"{stamp} {text}", markup=False, highlight=False)

@@ -21,7 +21,6 @@ import psutil
 
 from flows.prefect_environment import HEARTBEAT_SECONDS
 from lors.errors import InputError, LorsError
-from lors.resources import cores, devices
 from lors.store import write_json
 
 __all__ = ["add_commands", "server_url"]
@@ -162,6 +161,11 @@ def _up(options: argparse.Namespace) -> int:
         _deploy(common)
         _automate(options.notify or os.environ.get("LORS_NOTIFY_URL"))
         _start_workers(state, options.workers, common)
+    if options.host not in ("127.0.0.1", "localhost", "::1"):
+        _say(
+            f"the server listens on {options.host}: everybody who reaches port {options.port} can start runs here, "
+            "unless PREFECT_SERVER_API_AUTH_STRING sets a password (PREFECT_API_AUTH_STRING for its clients)"
+        )
     workers = [name for name in state.services if name != "server"]
     if options.json:
         print(json.dumps({"url": url, "home": str(state.home), "services": state.services}, indent=2))
@@ -303,12 +307,15 @@ def _automate(notify: str | None) -> None:
 
 
 def _start_workers(state: _State, count: int | None, common: Mapping[str, str]) -> None:
+    from lors.resources import cores, devices
+
     found = devices()
     if count is None:
         count = len(found) or max(1, cores() // 2)
     if found and count > len(found):
         raise InputError(f"--workers {count}: this machine has {len(found)} GPUs, and one GPU takes one training")
-    places = {f"lors-gpu-{index}": {"CUDA_VISIBLE_DEVICES": found[index]} if found else {} for index in range(count)}
+    share = {"LORS_CORES": str(max(1, cores() // count))}
+    places = {f"lors-gpu-{index}": {"CUDA_VISIBLE_DEVICES": found[index]} if found else share for index in range(count)}
     for name, own in {"lors-cpu-0": {}, **places}.items():
         if state.alive(name):
             _say(f"the worker {name} runs already")
@@ -328,7 +335,7 @@ def _start_workers(state: _State, count: int | None, common: Mapping[str, str]) 
             "process",
         ]
         state.start(name, [*command, "--limit", limit, "--install-policy", "never"], {**common, **own})
-        _say(f"started the worker {name}" + "".join(f" with GPU {device}" for device in own.values()))
+        _say(f"started the worker {name}" + (f" with GPU {own['CUDA_VISIBLE_DEVICES']}" if found and own else ""))
 
 
 def _down(options: argparse.Namespace) -> int:

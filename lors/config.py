@@ -15,6 +15,7 @@ from lors.errors import ConfigError, InputError
 from lors.merging.recipe import Group, Recipe
 from lors.prune_settings import PruneSettings
 from lors.s3_bucket import check_url
+from lors.secrets import secret_setting
 from lors.settings import Language, Section, Task, nearest
 from lors.speech.corpora.settings import (
     CommonVoiceCorpora,
@@ -215,6 +216,18 @@ class Experiment(Section):
     """The folder for everything computed, shared by experiments and machines; or `s3://bucket/prefix`, with the extra
     `s3`, credentials by the AWS variables, and LORS_STAGING as the local folder (default: ~/.cache/lors/s3)."""
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, data: Any) -> Any:
+        """Settings are written into manifests, results, reports and Prefect's database."""
+        if isinstance(data, Mapping) and (place := secret_setting(data)) is not None:
+            raise ValueError(
+                f"{place} holds a secret (a token, or a URL with a password), which would be written into every "
+                "result: credentials and the endpoint belong to the environment (HF_TOKEN, AWS_SECRET_ACCESS_KEY, "
+                "AWS_ENDPOINT_URL, ...)"
+            )
+        return data
+
     @field_validator("store", mode="before")
     @classmethod
     def _folder_or_url(cls, value: Any) -> Any:
@@ -380,7 +393,8 @@ def load_experiment(path: Path, changes: Sequence[str] = ()) -> Experiment:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the experiment file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        # Without its cause, which would show the file's lines in a log.
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no settings: it must be a mapping that starts like `base: starter`")
     for change in changes:

@@ -9,7 +9,7 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lors.config import Experiment, load_experiment
 from lors.errors import LorsError
 from lors.resources import cores, devices
 from lors.s3_store import S3Store, open_store
+from lors.secrets import redact
 
 __all__ = ["Check", "examine"]
 
@@ -50,7 +51,7 @@ def examine(file: Path | None = None) -> list[Check]:
     checks += _guarded(_disk, experiment) + _guarded(_base, experiment)
     if experiment is not None:
         checks += _guarded(_bucket, experiment) + _guarded(_steps, experiment)
-    return checks
+    return [replace(check, found=redact(check.found), next=redact(check.next)) for check in checks]
 
 
 def _guarded(check: Callable[..., Iterator[Check]], *arguments: Any) -> list[Check]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lors.secrets import redact
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -10,12 +12,19 @@ __all__ = [
     "LorsError",
     "StepFailedError",
     "TrainingError",
+    "UnreachableError",
     "WorseError",
 ]
 
 
 class LorsError(ValueError):
-    """Base of every error LoRS raises on purpose; the command line prints it without a traceback (exit code 1)."""
+    """Base of every error LoRS raises on purpose; the command line prints it without a traceback (exit code 1).
+
+    Its message goes to logs, to Prefect's server and to whom it notifies, so that secrets in it are replaced.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class InputError(LorsError):
@@ -40,6 +49,10 @@ class TrainingError(LorsError):
 
 class StepFailedError(LorsError):
     """A step's process died (killed, out of memory); running again resumes it."""
+
+
+class UnreachableError(StepFailedError):
+    """The network, the hub or a server does not answer now; running again later may do."""
 
 
 class WorseError(LorsError):

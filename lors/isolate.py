@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from lors import errors
 from lors.errors import LorsError, StepFailedError
+from lors.secrets import redact
 
 __all__ = ["Slots", "perform"]
 
@@ -383,8 +384,8 @@ def perform(job: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None])
         kind = next(k.__name__ for k in type(error).__mro__ if getattr(errors, k.__name__, None) is k)
         return {"kind": kind, "message": str(error)}
     except BaseException as error:
-        traceback.print_exc()
-        summary = " ".join(traceback.format_exception_only(error)[-1].split())
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        summary = redact(" ".join(traceback.format_exception_only(error)[-1].split()))
         return {"kind": None, "message": f"failed with {summary[:500]}"}
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from lors.errors import CheckpointError
-from lors.store import file_digest
+from lors.errors import CheckpointError, UnreachableError
+from lors.network import can_pass, patiently
+from lors.store import _is_safe, file_digest
 
 __all__ = [
     "CONFIG",
@@ -38,7 +39,10 @@ CONVERSION = (
 
 
 def resolve_folder(source: str | Path) -> Path:
-    """The folder of a model given as a folder or as a Hugging Face id. Raises CheckpointError."""
+    """The folder of a model given as a folder or as a Hugging Face id.
+
+    Raises CheckpointError, or UnreachableError where the hub does not answer now.
+    """
     folder, text = Path(source), str(source)
     if folder.is_dir():
         return folder
@@ -49,9 +53,14 @@ def resolve_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=DOWNLOADED))
+        return Path(patiently(lambda: snapshot_download(text, allow_patterns=DOWNLOADED)))
     except Exception as error:  # the client's errors share no base: HTTP, offline mode, cache, validation, disk
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if can_pass(error):
+            raise UnreachableError(
+                f"the hub did not give the model {text} ({reason}): check the network and run the same command again, "
+                "or download the model and give its folder"
+            ) from error
         raise CheckpointError(
             f"{text} is neither a folder nor a Hugging Face model that can be had here ({reason}); "
             f"check the spelling and the network, or download the model and give its folder"
@@ -111,7 +120,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(f"{folder / INDEX} has no weight_map; copy the model again")
     files: dict[Path, set[str] | None] = {}
     for shard in sorted({str(shard) for shard in weight_map.values()}):
-        if Path(shard).name != shard or not (folder / shard).is_file():
+        if "/" in shard or not _is_safe(shard) or not (folder / shard).is_file():
             raise CheckpointError(
                 f"{folder} lacks the shard {shard} that {INDEX} names; copy the model again, with all its shards"
             )

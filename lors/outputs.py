@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from lors.config import Experiment
-from lors.errors import InputError
+from lors.errors import InputError, LorsError
 from lors.model_folder import read_json
 from lors.pipeline import Step
 from lors.store import Artifact, Store, file_digest, storage_errors, write_json
@@ -125,6 +125,11 @@ def publish_scores(
     with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         for name in artifacts["score systems"].files:
+            if "/" in name:  # "hypotheses-/etc/x" would leave the folder; the step makes no folders
+                raise LorsError(
+                    f"the stored {artifacts['score systems'].stage} step {artifacts['score systems'].key} has the file "
+                    f"{name!r}, which it did not make; delete its entry in {store.root} and run again"
+                )
             if name.startswith("hypotheses-"):
                 _copy(scores / name, output / "hypotheses" / name.removeprefix("hypotheses-"), store)
             elif name != "summary.json":
@@ -238,6 +243,8 @@ def _publish_model(store: Store, artifact: Artifact, model: Path, with_results: 
     # A name of its own, so that what a killed run left is cleared away here.
     partial = model.with_name(".model.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
+    for name in artifact.files:  # and nothing else, such as a link that somebody put there
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, partial / name)
     (partial / "README.md").write_text(card, "utf-8")
     swap_folder(partial, model)

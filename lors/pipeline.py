@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lors.config import Evaluate, Experiment, Expert
-from lors.errors import ConfigError
+from lors.errors import ConfigError, InputError
 from lors.isolate import Slots
 from lors.merging.recipe import Recipe
 from lors.merging.registry import METHODS
@@ -357,6 +357,8 @@ class _Builder:
     def prepare_split(self, language: str, split: str) -> str:
         name = f"prepare {language} {split}"
         if (known := self.splits.get(name)) is not None:
+            if (known.settings.get("language"), known.settings.get("split")) != (language, split):
+                raise InputError(f"sources.splits: what {name!r} holds is of another language or split")
             step = Step(name, "prepare_split", known.settings, outside=known.outside, language=language)
         else:
             step = prepare_step(self.experiment, language, split, self.native, self.store)

@@ -23,7 +23,9 @@ def devices() -> list[str]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use: by its affinity and by its container's quota."""
+    """CPU cores that this process may use: by LORS_CORES, its affinity and its container's quota."""
+    if (given := os.environ.get("LORS_CORES", "")).isdecimal():
+        return max(1, int(given))
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = _QUOTA.read_text().split()

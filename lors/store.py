@@ -28,7 +28,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, Protocol
 
 from lors.errors import InputError, LorsError
@@ -556,9 +556,11 @@ def _check_address(stage: str, key: str) -> None:
 
 
 def _is_safe(name: str) -> bool:
+    """Whether a file's name stays in the folder that it is relative to, on every system; no lone surrogates either."""
     path = PurePosixPath(name)
-    plain = not path.is_absolute() and ".." not in path.parts and name not in ("", ".")
-    return plain and path.as_posix() == name and "\\" not in name and "\0" not in name
+    plain = not path.is_absolute() and ".." not in path.parts and name not in ("", ".") and path.as_posix() == name
+    plain = plain and name.isprintable() and "\\" not in name and not PureWindowsPath(name).drive
+    return plain and all(len(part.encode()) <= 255 for part in path.parts)
 
 
 def _regular_files(folder: Path) -> Iterable[Path]:

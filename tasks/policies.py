@@ -10,24 +10,25 @@ from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
 from prefect.tasks import Task, exponential_backoff
 
-from lors.errors import LorsError, StepFailedError
+from lors.errors import LorsError, StepFailedError, UnreachableError
 from lors.store import Artifact
 from tasks.runtime import runtime_of
 
 __all__ = ["artifacts_of", "cache_key", "can_pass", "step_task"]
 
-_RETRIES = 2
+_RETRIES, _NETWORK_RETRIES = 2, 6
+"""After 2, 4, 8, ... seconds, up to half as long again by chance; a network that is away is waited for in minutes."""
 
 
 def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     """The step's own key: Prefect's cache and the store never disagree on what a result is.
 
-    Prefect cannot see that a stored file was deleted or damaged, so its record of such a step is dropped first.
+    Prefect cannot see that a stored file was deleted or damaged, so its record of such a step is dropped first; and so
+    is a record that is not what the store has, which Prefect would believe.
     """
     step, runtime = parameters["step"], runtime_of(context.task_run)
     key: str = step.key(artifacts_of(parameters["inputs"]))
-    if runtime.workspace.store.find(step.stage, key) is None:
-        runtime.forget(key)
+    runtime.keep_only(key, runtime.workspace.store.find(step.stage, key))
     return key
 
 
@@ -48,6 +49,8 @@ def can_pass(task: Any, task_run: Any, state: Any) -> bool:
     error = state.result(raise_on_failure=False)
     if isinstance(error, LorsError) and not isinstance(error, StepFailedError):
         return False
+    if task_run.run_count > _RETRIES and not isinstance(error, UnreachableError):
+        return False
     runtime.tell(task_run.name, {"message": f"trying again after: {error}"})
     return True
 
@@ -61,7 +64,7 @@ def step_task(tag: str, function: Any) -> Task[Any, Any]:
         cache_policy=CacheKeyFnPolicy(cache_key_fn=cache_key),
         persist_result=True,
         result_serializer="json",
-        retries=_RETRIES,
+        retries=_NETWORK_RETRIES,
         retry_delay_seconds=exponential_backoff(backoff_factor=2),
         retry_jitter_factor=0.5,
         retry_condition_fn=can_pass,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from uuid import UUID
 
 from lors.errors import StepFailedError
 from lors.pipeline import Workspace
+from lors.secrets import redact
+from lors.store import Artifact
 from tasks.dispatch import Order, cancel
 
 __all__ = ["LISTENERS", "Runtime", "runtime_of", "use"]
@@ -43,17 +47,49 @@ class Runtime:
         for listener in LISTENERS:
             listener(step, event)
 
-    def forget(self, key: str) -> None:
-        """Drop Prefect's record of a result that the store no longer vouches for."""
-        (self.records / key).unlink(missing_ok=True)
+    def keep_only(self, key: str, artifact: Artifact | None) -> None:
+        """Drop Prefect's record of a key unless it is this artifact, in plain JSON.
+
+        A record says itself how it is to be read, as a pickle or as a call of any function, and Prefect does so: in a
+        store that others write to, one who may write files could run code. So it is compared before it is read.
+        """
+        record = self.records / key
+        try:
+            found = json.loads(record.read_bytes())
+            plain = found["metadata"]["serializer"]["type"] == "json" and json.loads(found["result"])
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            plain = None
+        if artifact is None or plain != artifact.to_json():
+            record.unlink(missing_ok=True)
 
 
+class _Redacting(logging.Filter):
+    """Replaces secrets in what Prefect logs, tracebacks of other libraries' errors among it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if (text := record.getMessage()) != (shown := redact(text)):
+            record.msg, record.args = shown, ()
+        if record.exc_info and not record.exc_text:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+        if record.exc_text:
+            record.exc_text = redact(record.exc_text)
+        return True
+
+
+_redacting = _Redacting()
+# Those of Prefect that have handlers: to the console and to the API.
+_LOGGERS = ("prefect", "prefect.flow_runs", "prefect.task_runs", "")
 _runtimes: dict[UUID | None, Runtime] = {}
 
 
 @contextmanager
 def use(flow_run: UUID | None, runtime: Runtime) -> Iterator[Runtime]:
     """Give `runtime` to the tasks of a flow run; they run in threads, and other flow runs may be in this process."""
+    for name in _LOGGERS:
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_redacting)  # once, however often
     _runtimes[flow_run] = runtime
     try:
         yield runtime

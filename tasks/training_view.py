@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.artifacts import create_image_artifact, create_progress_artifact
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
@@ -29,12 +29,12 @@ class TrainingView:
         """`step` is the step's name."""
         self._step, self._key = step, re.sub(r"[^a-z0-9]+", "-", step.lower())
         self._points: dict[str, list[tuple[float, float]]] = {}
-        self._artifacts: tuple[UUID, UUID] | None = None
+        self._artifacts: dict[str, UUID] = {}
         self._told = 0.0
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Take an event of `lors.training.finetune.fine_tune`; others are ignored."""
-        if event.get("unit") != "steps":
+        """Take an event of `lors.training.finetune.fine_tune`, or a worker's share in percent; others are ignored."""
+        if event.get("unit") not in ("steps", "%"):
             return
         self._add(event["done"], event)
         if time.monotonic() - self._told >= _SECONDS:
@@ -61,15 +61,19 @@ class TrainingView:
             get_run_logger().warning("the progress of %s could not be shown: %s", self._step, error)
 
     def _show(self, percent: float) -> None:
-        picture = as_data_uri(line_chart(self._points, "step"))
-        if self._artifacts is None:
-            key, name = self._key, self._step
-            told = create_progress_artifact(percent, key=f"{key}-progress", description=f"Progress of {name}")
-            drawn = create_image_artifact(picture, key=f"{key}-loss", description=f"Loss of {name}")
-            assert isinstance(told, UUID)
-            assert isinstance(drawn, UUID)
-            self._artifacts = told, drawn
-            return
-        with get_client(sync_client=True) as client:
-            for artifact, data in zip(self._artifacts, (percent, picture), strict=True):
-                client.update_artifact(artifact, ArtifactUpdate(data=data))
+        self._put("progress", create_progress_artifact, percent)
+        if self._points:
+            step = max(points[-1][0] for points in self._points.values())
+            last = ", ".join(f"{name} {points[-1][1]:.4g}" for name, points in self._points.items())
+            picture = as_data_uri(line_chart(self._points, "step"))
+            # Markdown: the UI prints the whole address of an image artifact, here kilobytes, across the page.
+            self._put("loss", create_markdown_artifact, f"{percent:.0f} %, step {step}: {last}\n\n![Loss]({picture})\n")
+
+    def _put(self, kind: str, create: Callable[..., Any], data: float | str) -> None:
+        if kind in self._artifacts:
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._artifacts[kind], ArtifactUpdate(data=data))
+        else:
+            made = create(data, key=f"{self._key}-{kind}", description=f"{kind.capitalize()} of {self._step}")
+            assert isinstance(made, UUID)
+            self._artifacts[kind] = made

@@ -46,6 +46,8 @@ def test_the_readme_names_commands_and_options_that_exist(line: str, capsys: pyt
     assert [word for word in words if word.startswith("--") and word not in shown] == []
 
 
-@pytest.mark.parametrize("file", re.findall(r"deployments/[\w.-]+\.yaml", (ROOT / "README.md").read_text("utf-8")))
+@pytest.mark.parametrize(
+    "file", sorted({*re.findall(r"deployments/[\w.-]+\.yaml", (ROOT / "README.md").read_text("utf-8"))})
+)
 def test_the_readme_names_experiments_that_load(file: str) -> None:
     assert load_experiment(ROOT / file).languages

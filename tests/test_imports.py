@@ -38,9 +38,52 @@ def test_a_module_imports_in_the_one_direction(path: Path) -> None:
 def test_a_module_reads_and_writes_no_pickle(path: Path) -> None:
     tree = ast.parse(path.read_text("utf-8"))
     roots = {name.partition(".")[0] for name in imported(tree)}
-    assert not roots & {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"}
-    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert not {call for call in calls if call in ("torch.load", "torch.save") or call.endswith("read_pickle")}
+    assert not roots & {"pickle", "_pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal", "jsonpickle"}
+    assert not list(unpickling(tree))
+
+
+UNPICKLING = {"torch.load", "torch.save", "torch.package", "trust_remote_code", "weights_only", "allow_pickle"}
+
+
+def unpickling(tree: ast.AST) -> Iterator[str]:
+    """What in a module reads or writes a pickle, or runs code that comes with data."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            if name in UNPICKLING or node.attr in ("read_pickle", "to_pickle", "unsafe_load", "UnsafeLoader"):
+                yield name
+            if name in ("yaml.load", "yaml.full_load", "yaml.Loader", "yaml.FullLoader"):
+                yield name
+        elif isinstance(node, ast.keyword) and node.arg in UNPICKLING:
+            if not (isinstance(node.value, ast.Constant) and node.value.value is (node.arg == "weights_only")):
+                yield node.arg
+        elif isinstance(node, ast.keyword) and node.arg in ("result_serializer", "serializer"):
+            if not (isinstance(node.value, ast.Constant) and node.value.value == "json"):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Name) and node.id in ("eval", "exec", "PickleSerializer"):
+            yield node.id
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.load(path)",
+        "x = torch.load",
+        "np.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=maybe)",
+        "torch.hub.load(a, weights_only=False)",
+        "from_pretrained(a, trust_remote_code=True)",
+        "pd.read_pickle(path)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "task(result_serializer='pickle')",
+        "flow(result_serializer=PickleSerializer())",
+        "eval(text)",
+    ],
+)
+def test_code_that_reads_a_pickle_is_found(code: str) -> None:
+    assert list(unpickling(ast.parse(code)))
+    allowed = "np.load(p, allow_pickle=False); f(trust_remote_code=False); task(result_serializer='json'); model.eval()"
+    assert not list(unpickling(ast.parse(allowed)))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lors.errors import InputError
 from lors.model_folder import read_json
 from lors.scoring.files import load_results
 from lors.scoring.metrics import main_metric
+from lors.store import _is_safe
 
 __all__ = ["Run", "flat_settings", "load_run", "load_runs"]
 
@@ -72,7 +73,8 @@ class Run:
 
     def hypotheses(self) -> dict[str, pd.DataFrame]:
         """What each system wrote; systems whose table is not there are left out."""
-        files = {name: self.folder / "hypotheses" / f"{name}.parquet" for name in self.systems}
+        names = [name for name in self.systems if "/" not in name and _is_safe(f"{name}.parquet")]
+        files = {name: self.folder / "hypotheses" / f"{name}.parquet" for name in names}
         return {name: _table(file) for name, file in files.items() if file.is_file()}
 
 
@@ -106,7 +108,9 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         for variant in read_json(listing)["variants"]:
             seed = {} if variant.get("seed") is None else {"seed": variant["seed"]}
             name, changes = variant["name"], {**variant["changes"], **seed}
-            runs.append(replace(load_run(folder / variant["folder"]), name=name, changes=changes))
+            if "/" in (place := str(variant["folder"])) or not _is_safe(place):
+                raise InputError(f"{listing} names the folder {place!r}, which is not in {folder}: run the sweep again")
+            runs.append(replace(load_run(folder / place), name=name, changes=changes))
     names = [run.name for run in runs]
     return [run if names.count(run.name) == 1 else replace(run, name=str(run.folder)) for run in runs]
 

@@ -21,6 +21,8 @@ def test_a_language_comes_and_goes_and_no_model_is_lost(done: Done) -> None:
     full_pipeline(file=file)
     first = (out / "model" / "model.safetensors").read_bytes()
 
+    with pytest.raises(InputError, match="the tolerance nan is not a number of points"):
+        add_language(file, "it", tolerance=float("nan"))  # nothing is more than that
     with pytest.raises(WorseError) as refused:
         add_language(file, "it", tolerance=-1000)  # whatever it is, it is worse
     said = str(refused.value)

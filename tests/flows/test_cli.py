@@ -19,6 +19,7 @@ from flows_helpers import Done, planned, tiny, written
 from safetensors.torch import load_file, save_file
 
 from flows.cli import main
+from lors.changes import TOLERANCE
 from lors.starter import MODEL_FOLDER
 
 Refused = Callable[..., str]
@@ -138,6 +139,12 @@ def test_the_methods_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
     assert "2502.17380" in methods["lors"]["reference"]
     assert main(["merge", "--list"]) == 0
     assert methods["lors"]["formula"] in capfd.readouterr().out
+
+
+def test_help_says_the_tolerance_that_the_flow_has(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["add-language", "--help"])
+    assert f"(default {TOLERANCE:g})" in capfd.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "doctor"])

@@ -48,3 +48,13 @@ def test_bars_in_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         bars = {task.description: (task.completed, task.total) for task in run._progress.tasks}
         assert bars == {"all steps": (1, 2)}
     assert "[1/2] fine-tune es: done in 1.0 s" in capsys.readouterr().err
+
+
+def test_what_was_known_to_be_cached_is_not_counted_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunProgress(4, 1, {"prepare es"}) as run:
+        run("prepare es", {"finished": True, "seconds": None})
+        run("fine-tune es", {"finished": True, "seconds": 1.0})
+        run("extract es", {"finished": True, "seconds": None})
+        run("prune es", {"finished": True, "seconds": 2.0})
+    lines = [line[9:] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["4 steps, 1 of them cached", "[1/3] fine-tune es: done in 1.0 s", "[3/3] prune es: done in 2.0 s"]

@@ -23,7 +23,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(resources.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(resources, "_NVIDIA", tmp_path / "gpus")
     monkeypatch.setattr(resources, "_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "LORS_CORES"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 
@@ -31,6 +32,12 @@ def test_cores_within_the_containers_quota(machine: Path) -> None:
     assert resources.cores() == 8
     for text, count in (("250000 100000", 2), ("50000 100000", 1), ("max 100000", 8), ("9000000 100000", 8)):
         (machine / "cpu.max").write_text(text + "\n")
+        assert resources.cores() == count
+
+
+def test_a_worker_may_be_given_fewer_cores(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, count in (("3", 3), ("0", 1), ("", 8), ("many", 8)):
+        monkeypatch.setenv("LORS_CORES", text)
         assert resources.cores() == count
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any
 import pytest
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.client.schemas.objects import State, StateType
+from prefect.results import ResultRecord, ResultRecordMetadata
+from prefect.serializers import JSONSerializer, PickleSerializer, Serializer
 
 from lors import errors, stages
 from lors.isolate import Slots
@@ -23,7 +28,7 @@ from tasks.steps import TASKS, task_for
 FIRST = Step("select scaling lors", "select_scaling", {"method": "lors", "scaling": 0.5})
 SECOND = Step("combine", "combine_task_vectors", {"weights": {}}, {"es": Source(FIRST.name, ("scaling.json",))})
 FLOW_RUN = uuid.uuid4()
-RUN = SimpleNamespace(flow_run_id=FLOW_RUN, name="a task")
+RUN = SimpleNamespace(flow_run_id=FLOW_RUN, name="a task", run_count=1)
 
 
 @pytest.fixture
@@ -62,8 +67,9 @@ def test_prefect_forgets_what_the_store_no_longer_has(how: str, runtime: Runtime
     record, other = runtime.records / key, runtime.records / "another"
     other.write_text("{}")
     if how != "never made":
-        path = store.path(make(FIRST, {}, store, "0.5")) / "scaling.json"
-        record.write_text("{}")
+        artifact = make(FIRST, {}, store, "0.5")
+        path = store.path(artifact) / "scaling.json"
+        record.write_bytes(recorded(artifact.to_json()))
         key_of(FIRST, {})
         assert record.exists()
         path.write_text("0.6") if how == "damaged" else path.unlink()
@@ -73,6 +79,44 @@ def test_prefect_forgets_what_the_store_no_longer_has(how: str, runtime: Runtime
     assert other.exists()
 
 
+def recorded(result: Any, serializer: Serializer | None = None) -> bytes:
+    """A record as Prefect writes it."""
+    metadata = ResultRecordMetadata(serializer=serializer or JSONSerializer(), storage_key="key")
+    return ResultRecord(metadata=metadata, result=result).serialize()
+
+
+class Trap:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("how", ["pickle", "call", "another artifact", "no record", "too deep"])
+def test_a_record_that_somebody_put_there_is_never_read(how: str, runtime: Runtime, tmp_path: Path) -> None:
+    store, mark = runtime.workspace.store, tmp_path / "mark"
+    artifact, record = make(FIRST, {}, store, "0.5"), runtime.records / FIRST.key({})
+    call = {"__class__": "pathlib.Path.touch", "data": {"self": str(mark)}}
+    content = {
+        "pickle": recorded(Trap(mark), PickleSerializer()),
+        "call": recorded(None).replace(b'"null"', json.dumps(json.dumps(call)).encode()),
+        "another artifact": recorded({**artifact.to_json(), "summary": {"scaling": 9}}),
+        "no record": b"\x80\x04",
+        "too deep": b"[" * 10**6,
+    }[how]
+    record.write_bytes(content)
+    if how == "pickle":  # as the trap would have it
+        ResultRecord.deserialize(content)
+        assert mark.exists()
+        mark.unlink()
+    key_of(FIRST, {})
+    assert not record.exists()
+    assert not mark.exists()
+
+
 def failed(error: Exception) -> State[Any]:
     return State(type=StateType.FAILED, data=error)
 
@@ -80,7 +124,13 @@ def failed(error: Exception) -> State[Any]:
 @pytest.mark.parametrize("name", errors.__all__)
 def test_what_the_user_must_change_is_not_tried_again(name: str, runtime: Runtime) -> None:
     error = getattr(errors, name)("A sentence.")
-    assert can_pass(None, RUN, failed(error)) is (name == "StepFailedError")
+    assert can_pass(None, RUN, failed(error)) is (name in ("StepFailedError", "UnreachableError"))
+
+
+def test_a_network_that_is_away_is_waited_for_longer_than_a_process_that_dies(runtime: Runtime) -> None:
+    third = SimpleNamespace(flow_run_id=FLOW_RUN, name="a task", run_count=3)
+    assert not can_pass(None, third, failed(errors.StepFailedError("was killed")))
+    assert can_pass(None, third, failed(errors.UnreachableError("no answer")))
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("odd"), AssertionError()])
@@ -102,6 +152,28 @@ def test_flow_runs_of_one_process_keep_their_own_runtimes(runtime: Runtime) -> N
     assert runtime_of(RUN) is runtime
 
 
+@pytest.mark.filterwarnings("ignore:Logger 'prefect.flow_runs' attempted")
+def test_what_prefect_logs_has_no_secret_in_it(runtime: Runtime) -> None:
+    token, said = "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", io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("prefect.flow_runs").addHandler(handler)
+    try:
+        with use(uuid.uuid4(), runtime):
+            pass
+        try:
+            try:
+                raise OSError(f"the server was sent {token}")
+            except OSError as error:
+                raise errors.LorsError("It failed.") from error
+        except errors.LorsError:
+            logging.getLogger("prefect.flow_runs").exception("Encountered %r", token)
+    finally:
+        logging.getLogger("prefect.flow_runs").removeHandler(handler)
+    assert "Encountered '***'" in said.getvalue()
+    assert "OSError: the server was sent ***" in said.getvalue()
+    assert token not in said.getvalue()
+
+
 @pytest.mark.parametrize("stage", stages.__all__)
 def test_each_stage_has_its_task(stage: str) -> None:
     assert set(stages.__all__) == set(VERSIONS) == set(TASKS)
@@ -112,11 +184,12 @@ def test_each_stage_has_its_task(stage: str) -> None:
     assert made.task_run_name == "{step.name}"
     assert "lors" in made.tags
     assert len(made.tags) == 2
-    for task in (made, task_for(stage, cached=True)):
+    step = Step("a step", stage, {}, language="es")
+    for task in (made, task_for(step, cached=False), task_for(step, cached=True)):
         assert isinstance(task.cache_policy, CacheKeyFnPolicy)
         assert task.cache_policy.cache_key_fn is cache_key
-        assert (task.retries, task.persist_result, task.result_serializer) == (2, True, "json")
-        assert task.retry_delay_seconds == [2, 4]
+        assert (task.retries, task.persist_result, task.result_serializer) == (6, True, "json")
+        assert task.retry_delay_seconds == [2, 4, 8, 16, 32, 64]
         assert task.retry_condition_fn is can_pass
-    assert task_for(stage, cached=False) is made
-    assert not task_for(stage, cached=True).tags
+    assert task_for(step, cached=False).tags == made.tags | {"language:es"}
+    assert not task_for(step, cached=True).tags

@@ -76,7 +76,8 @@ def candidates(
 ) -> Iterator[Candidate]:
     """The rows of a split, for `write_split`. CorpusError at once where a file or a column is missing."""
     table = _table(folder, split, columns, translations)
-    return to_candidates(table.rows, table.mapping, folder / "clips", _file(split, translations))
+    clips = folder / "clips"
+    return to_candidates(table.rows, table.mapping, clips, _file(split, translations), clips)
 
 
 def content_digest(
@@ -89,7 +90,8 @@ def content_digest(
 ) -> str:
     """sha256 (hex) over the values of the split's rows, translations among them, and the bytes of their clips."""
     table = _table(folder, split, columns, translations)
-    return rows_digest(islice(table.rows, count), table.mapping, folder / "clips", memo)
+    clips = folder / "clips"
+    return rows_digest(islice(table.rows, count), table.mapping, clips, memo, within=clips)
 
 
 def _file(split: str, translations: Path | None) -> str:

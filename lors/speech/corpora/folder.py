@@ -1,8 +1,8 @@
 """A folder of audio files with a table, as `datasets` lays out an audiofolder: metadata.csv, .tsv, .jsonl or .parquet.
 
-The table has a column `file_name` (relative to the table) and the text. The splits are folders (train, validation or
-dev, test) with a table each, or a column `split`, or drawn here by a hash, so that no speaker (where speakers are
-named, else no sentence) is in two splits, and rows that are added move none of the others.
+The table has a column `file_name` (relative to the table, and not out of the folder) and the text. The splits are
+folders (train, validation or dev, test) with a table each, or a column `split`, or drawn here by a hash, so that no
+speaker (where speakers are named, else no sentence) is in two splits, and rows that are added move none of the others.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ _NAMES = {"dev": "validation", "val": "validation", "valid": "validation"} | {sp
 class FolderSplit:
     """One split of a folder; `rows` are to be read once."""
 
+    folder: Path
     table: Path
     mapping: Mapping[str, str]
     rows: Iterator[Row]
 
     def candidates(self) -> Iterator[Candidate]:
         """The rows, for `write_split`."""
-        return to_candidates(self.rows, self.mapping, self.table.parent, self.table.name)
+        return to_candidates(self.rows, self.mapping, self.table.parent, self.table.name, self.folder)
 
     def content_digest(self, memo: MutableMapping[str, str] | None, count: int | None) -> str:
         """sha256 (hex) over the first `count` rows (None: all) and the bytes of their audio."""
-        return rows_digest(islice(self.rows, count), self.mapping, self.table.parent, memo)
+        rows = islice(self.rows, count)
+        return rows_digest(rows, self.mapping, self.table.parent, memo, within=self.folder)
 
 
 def open_split(
@@ -65,7 +67,7 @@ def open_split(
         rows = _listed(table, opened.rows, split)
     else:
         rows = _drawn(table, list(opened.rows), opened.mapping, split, shares, language)
-    return FolderSplit(table, opened.mapping, rows)
+    return FolderSplit(folder, table, opened.mapping, rows)
 
 
 def _table_of(folder: Path, split: str) -> tuple[Path, bool]:

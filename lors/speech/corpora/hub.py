@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lors.errors import ConfigError, CorpusError, LorsError
+from lors.errors import ConfigError, CorpusError, LorsError, UnreachableError
+from lors.network import can_pass, patiently
 from lors.speech.corpora.layout import Layout, find_layout
 from lors.speech.corpora.manifest import FIELDS, Row, check_columns, to_candidates, values
 from lors.speech.corpora.presets import PRESETS, Preset
 from lors.speech.corpora.settings import DatasetsCorpora
 from lors.speech.corpus import Candidate
-from lors.store import file_digest
+from lors.store import _is_safe, file_digest
 
 __all__ = ["candidates", "describe"]
 
@@ -41,7 +42,7 @@ def describe(
     a revision was last found at, and its files, stay in `memo` for when there is no network.
 
     Raises CorpusError or ConfigError: the data set, its revision, configuration, split or a column is missing, or it
-    may not be read.
+    may not be read; UnreachableError: the hub does not answer now.
     """
     preset = PRESETS[corpora.preset] if corpora.preset else Preset("", {}, {})
     path = (corpora.path or preset.path).format(language=language)
@@ -193,7 +194,7 @@ def _resolved(
 ) -> tuple[str, list[list[str]] | None]:
     """The commit of a data set and the files of each of `wanted`; None for these where only the commit is known."""
     key = f"hub {path}@{revision or 'main'} {json.dumps(wanted)}"
-    known = json.loads(memo[key]) if memo is not None and key in memo else None
+    known = _known(memo[key]) if memo is not None and key in memo else None
     fixed = revision if revision and _COMMIT.fullmatch(revision) else None
     if fixed and known:
         return fixed, known["files"]
@@ -212,13 +213,22 @@ def _resolved(
     return commit, files
 
 
+def _known(text: str) -> dict[str, Any] | None:
+    """What a memo says of a data set; None where it is not what `_resolved` writes."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        known: dict[str, Any] = json.loads(text)
+        listed = all(isinstance(each, list) and all(map(_is_safe, each)) for each in known["files"])
+        return known if listed and _COMMIT.fullmatch(known["commit"]) else None
+    return None
+
+
 @lru_cache(maxsize=256)
 def _info(path: str, revision: str | None, moment: int) -> tuple[str, Layout] | Exception:
     """The commit and the layout of a data set; asked once in five minutes, so that all its splits are of one commit."""
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        info = HfApi().dataset_info(path, revision=revision)
+        info = patiently(lambda: HfApi().dataset_info(path, revision=revision))
         if info.gated:  # what it is may be known by all, its files by those who accepted its terms
             HfApi().auth_check(path, repo_type="dataset")
         files = [sibling.rfilename for sibling in info.siblings or ()]
@@ -242,8 +252,11 @@ def _fetched(places: Mapping[str, Any]) -> list[list[str]]:
         return [[f"hf://datasets/{path}@{commit}/{file}" for file in each] for each in listed]
     from huggingface_hub import hf_hub_download
 
+    def fetched(file: str) -> str:
+        return str(patiently(lambda: hf_hub_download(path, file, repo_type="dataset", revision=commit)))
+
     with _sentences(path):
-        return [[hf_hub_download(path, file, repo_type="dataset", revision=commit) for file in each] for each in listed]
+        return [[fetched(file) for file in each] for each in listed]
 
 
 @contextmanager
@@ -287,6 +300,11 @@ def _sentence(what: str, error: Exception, revision: str | None = None) -> LorsE
         return CorpusError(f"the Parquet files of {what} cannot be read as they are ({reason}); copy them again")
     if isinstance(error, HfHubHTTPError) and not _unreachable(error):
         return CorpusError(f"the hub refuses the data set {what} ({reason}); check its page")
+    if can_pass(error):
+        return UnreachableError(
+            f"the data set {what} cannot be read now ({reason}); check the network and run the same command again, or "
+            "download the data set and give its folder as corpora.path"
+        )
     return CorpusError(
         f"the data set {what} cannot be read now ({reason}); connect this machine and unset HF_HUB_OFFLINE, or "
         "download the data set and give its folder as corpora.path"

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -94,6 +95,7 @@ def rows_digest(
     root: Path,  # of the paths in the rows
     memo: MutableMapping[str, str] | None,
     files: Iterable[Path] = (),  # further ones that count
+    within: Path | None = None,  # as in `to_candidates`
 ) -> str:
     """sha256 (hex) over the mapped values of rows and the bytes of the audio files that they name."""
     total = hashlib.sha256()
@@ -103,7 +105,7 @@ def rows_digest(
         data = audio.get("bytes") if isinstance(audio, dict) else audio
         audio = audio.get("path") if isinstance(audio, dict) else audio
         if isinstance(audio, str):
-            values.append(_digest(root / audio, memo))
+            values.append(_digest(root / audio, memo) if _is_within(root / audio, within) else "outside")
         if isinstance(data, bytes):
             values.append(hashlib.sha256(data).hexdigest())
         total.update(json.dumps(values).encode() + b"\n")
@@ -275,6 +277,7 @@ def to_candidates(
     mapping: Mapping[str, str],  # field -> column, for all FIELDS
     root: Path,  # of the paths in the rows
     name: str,  # of the table, in the rejects
+    within: Path | None = None,  # what no path in the rows may leave, links aside; None: they may be anywhere
 ) -> Iterator[Candidate]:
     """Rows as `write_split` takes them; see `candidates`."""
     owners: dict[str, str] = {}
@@ -291,6 +294,8 @@ def to_candidates(
                 identity = f"{identity}-{number}"
         text, translation, speaker = (_text(field[name]) for name in ("text", "translation", "speaker"))
         fault = ("missing file", "the row names no audio") if load is _nothing else None
+        if isinstance(load, partial) and not _is_within(root / source, within):
+            fault = ("path outside the corpus", f"it leaves {within}")
         if nested := [name for name in FIELDS[1:] if isinstance(field[name], dict | list)]:
             fault = ("malformed line", f"the {nested[0]} is not a string")
         yield Candidate(identity, text, translation, speaker or None, load, source, fault)
@@ -308,6 +313,10 @@ def _audio(value: Any, root: Path) -> tuple[str, Callable[[], tuple[np.ndarray, 
     return name, _nothing
 
 
+def _is_within(path: Path, folder: Path | None) -> bool:
+    return folder is None or Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder))
+
+
 def _nothing() -> tuple[np.ndarray, int]:
     raise FileNotFoundError("the row names no audio")
 
@@ -318,6 +327,7 @@ def _text(value: Any) -> str | None:
 
 def _digest(path: Path, memo: MutableMapping[str, str] | None) -> str:
     try:
-        return file_digest(path.absolute(), memo)
-    except OSError:
+        # A row may name a device or a pipe, which has no end.
+        return file_digest(path.absolute(), memo) if path.is_file() else "missing"
+    except (OSError, ValueError):  # a name that no file can have
         return "missing"

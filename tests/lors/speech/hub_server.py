@@ -14,11 +14,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer(ThreadingHTTPServer):
-    """`requests` is what it was asked, `gated` whether its files are for those alone who accepted the terms."""
+    """`requests` is what it was asked, `gated` whether its files are for those alone who accepted the terms,
+    `busy` how many requests more it answers with 503."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), partial(_Handler))
         self.folder, self.gated, self.requests = folder, False, list[str]()
+        self.busy = 0
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -43,6 +45,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        if self.server.busy > 0:
+            self.server.busy -= 1
+            self.answer(b"{}", 503)
+            return
         root, path = self.server.folder, unquote(urlparse(self.path).path)
         if re.fullmatch("/api/datasets/who/set(/revision/.*)?", path):
             files = [{"rfilename": file.relative_to(root).as_posix()} for file in root.rglob("*.*")]

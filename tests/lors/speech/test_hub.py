@@ -25,8 +25,9 @@ import soundfile
 from hub_server import HubServer
 from speech_sounds import sound
 
+from lors import network
 from lors.config import parse_experiment
-from lors.errors import ConfigError, CorpusError, InputError
+from lors.errors import ConfigError, CorpusError, InputError, UnreachableError
 from lors.speech.corpora import hub
 from lors.speech.corpora.layout import find_layout
 from lors.speech.corpora.presets import PRESETS
@@ -686,3 +687,23 @@ def test_the_real_client_meets_a_gate(server: HubServer, tmp_path: Path) -> None
     server.gated = True
     refused, _ = run_client(server, tmp_path, [True])
     assert refused.startswith("the data set who/set is gated: accept its terms at https://huggingface.co/datasets/who")
+
+
+def test_the_real_client_asks_a_busy_hub_again(server: HubServer, tmp_path: Path) -> None:
+    server.busy = 2
+    found, _ = run_client(server, tmp_path, [False])
+    assert found == ["clip0", "clip1", "clip2"]
+    assert server.busy == 0
+
+
+def test_a_hub_that_stays_away_may_answer_later(the_hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(network, "_DELAYS", (0.0, 0.0))
+    source = described("who/set", streaming=False)
+    the_hub.asked.clear()
+    the_hub.error = refused(hub_errors.HfHubHTTPError, 503)
+    with pytest.raises(UnreachableError, match=r"who/set cannot be read now \(a line\); check the network and run"):
+        described("who/set", revision="v2")
+    assert the_hub.asked == ["v2"] * 3
+    with pytest.raises(UnreachableError):
+        report_of(source, tmp_path / "out")

@@ -1,0 +1,52 @@
+"""What can pass of the network's failures, and patience with them. The hub's client is imported where it failed."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+__all__ = ["can_pass", "patiently"]
+
+_T = TypeVar("_T")
+_DELAYS = (1.0, 4.0)
+"""Seconds before each further try, up to half as long again by chance, so that workers do not ask in step."""
+# By name: which of them the client uses depends on its release.
+_TRANSPORT = {
+    ("httpx", "TransportError"),
+    ("httpx2", "TransportError"),
+    ("aiohttp", "ClientConnectionError"),
+    ("requests", "ConnectionError"),
+    ("requests", "Timeout"),
+}
+
+
+def can_pass(error: BaseException) -> bool:
+    """Whether an error of the hub's client, or one it came from, is of the network or a busy server."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, HfHubHTTPError):
+            return bool(seen.response.status_code >= 500 or seen.response.status_code in (408, 429))
+        kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(seen).__mro__}
+        if isinstance(seen, ConnectionError | TimeoutError) or kinds & _TRANSPORT:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def patiently(call: Callable[[], _T]) -> _T:
+    """What the call returns, tried again with back-off where its error can pass; the last error is raised as it is."""
+    for delay in _DELAYS:
+        try:
+            return call()
+        except Exception as error:
+            if not can_pass(error):
+                raise
+        time.sleep(delay * random.uniform(1.0, 1.5))
+    return call()
