@@ -13,13 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
 
 def find_browser() -> str | None:
@@ -31,7 +33,7 @@ def find_browser() -> str | None:
 class Page:
     """One tab; everything that its page says or asks for is kept."""
 
-    def __init__(self, socket: ClientConnection) -> None:
+    def __init__(self, socket: Connection) -> None:
         self._socket, self._number = socket, 0
         self.said: list[str] = []
         """Messages of the console, warnings and exceptions."""
@@ -59,14 +61,14 @@ class Page:
             self.asked.append(parameters["request"]["url"])
         return message
 
-    def open(self, file: Path, *, width: int, dark: bool = False, height: int = 900) -> None:
-        """Load a file at a width in pixels, and wait for all of it."""
+    def open(self, where: Path | str, *, width: int, dark: bool = False, height: int = 900) -> None:
+        """Load a file or a URL at a width in pixels, and wait for all of it, but for what its scripts ask for later."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", media="screen", features=scheme)
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=where if isinstance(where, str) else where.resolve().as_uri())
         while self._receive().get("method") != "Page.loadEventFired":
             pass
 
@@ -75,6 +77,13 @@ class Page:
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    def wait_for(self, expression: str, seconds: float = 60) -> None:
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + seconds
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < end, f"after {seconds:g} s not yet: {expression}"
+            time.sleep(0.2)
 
     def picture(self, *, whole: bool = False) -> bytes:
         """What is seen, or the whole page, as PNG."""
@@ -97,7 +106,8 @@ def browsing(profile: Path) -> Iterator[Page]:
         port = address.split(":")[2].split("/")[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
             tab = next(tab for tab in json.load(answer) if tab["type"] == "page")
-        with connect(tab["webSocketDebuggerUrl"], max_size=None, proxy=None) as socket:
+        # Without pings: their answers wait behind the messages that nobody reads while nothing is asked for.
+        with connect(tab["webSocketDebuggerUrl"], max_size=None, proxy=None, ping_interval=None) as socket:
             yield Page(socket)
     finally:
         process.terminate()
@@ -105,24 +115,30 @@ def browsing(profile: Path) -> Iterator[Page]:
 
 
 PICTURES = Path(__file__).parent / "pictures"
+
+
+def save(picture: bytes, file: Path) -> None:
+    """Write a PNG in 256 colours, which is a third of the size."""
+    from PIL import Image
+
+    file.parent.mkdir(exist_ok=True)
+    Image.open(io.BytesIO(picture)).convert("RGB").quantize(256).save(file, optimize=True)
+
+
 VIEWS = {"light": (1400, 1250, False), "dark": (1400, 1250, True), "phone": (390, 1100, False)}
 
 
 def main(output: Path) -> None:
-    """Write a picture a view, in 256 colours, which is a third of the size."""
-    from PIL import Image
-
+    """Write a picture a view."""
     from lors.report import write_report
 
-    PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.html"
         write_report([output], file)
         with browsing(Path(folder) / "profile") as page:
             for name, (width, height, dark) in VIEWS.items():
                 page.open(file, width=width, height=height, dark=dark)
-                image = Image.open(io.BytesIO(page.picture())).convert("RGB")
-                image.quantize(256).save(PICTURES / f"report-{name}.png", optimize=True)
+                save(page.picture(), PICTURES / f"report-{name}.png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ __all__ = [
 
 # A submitted step holds a thread while it waits for its inputs; the child processes, far fewer, do the work.
 _RUNNER: Any = ThreadPoolTaskRunner(max_workers=1024)
+# The results are in the output and the store. What Prefect keeps all the same, the error of a run that failed, is JSON.
+_flow: Any = partial(flow, task_runner=_RUNNER, persist_result=False, result_serializer="json")
 
 Futures = dict[str, PrefectFuture[Any]]
 Place = Literal["local", "workers"]
@@ -64,7 +67,7 @@ def _run_name() -> str:
     return f"{context.flow.name} {about}"
 
 
-@flow(name="full-pipeline", flow_run_name=_run_name, task_runner=_RUNNER, result_serializer="json")
+@_flow(name="full-pipeline", flow_run_name=_run_name)
 def full_pipeline(
     experiment: Experiment | None = None, file: Path | None = None, dispatch: Place | None = None
 ) -> dict[str, Any]:
@@ -80,14 +83,14 @@ def full_pipeline(
         return _run_and_publish(seed_variants(experiment), experiment.output, runtime)
 
 
-@flow(name="sweep", flow_run_name="sweep {output}", task_runner=_RUNNER, result_serializer="json")
+@_flow(name="sweep", flow_run_name="sweep {output}")
 def sweep(variants: list[Variant], output: Path) -> dict[str, Any]:
     """Variants of one experiment as one graph; what they have in common is computed once. Writes no models."""
     with _runtime(variants[0].experiment) as runtime:
         return _run_and_publish(variants, output, runtime, models=False)
 
 
-@flow(name="train-expert", flow_run_name="train {language}-{task}", task_runner=_RUNNER, result_serializer="json")
+@_flow(name="train-expert", flow_run_name="train {language}-{task}")
 def train_expert(
     experiment: Experiment, language: Language, task: Task, sources: Sources | None = None
 ) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def train_expert(
         return _run(last, steps, runtime)[last[0]].to_json()
 
 
-@flow(name="train-baselines", flow_run_name="train baselines", task_runner=_RUNNER, result_serializer="json")
+@_flow(name="train-baselines", flow_run_name="train baselines")
 def train_baselines(experiment: Experiment, sources: Sources | None = None) -> dict[str, Any]:
     """The models of `baselines` that are trained on all languages. Returns the artifact of each (with `seeds`, which
     are all trained, that of the first).
@@ -132,7 +135,7 @@ def train_baselines(experiment: Experiment, sources: Sources | None = None) -> d
         return {baseline: artifacts[called[0][name]].to_json() for baseline, name in wanted.items()}
 
 
-@flow(name="merge-and-evaluate", flow_run_name=_run_name, task_runner=_RUNNER, result_serializer="json")
+@_flow(name="merge-and-evaluate", flow_run_name=_run_name)
 def merge_and_evaluate(experiment: Experiment | None = None, file: Path | None = None) -> dict[str, Any]:
     """From experts that are in the store already: merge, search the scaling, evaluate all systems, write the output.
 
@@ -154,7 +157,7 @@ def merge_and_evaluate(experiment: Experiment | None = None, file: Path | None =
         return _run_and_publish(variants, experiment.output, runtime)
 
 
-@flow(name="add-language", flow_run_name="add {language}", task_runner=_RUNNER, result_serializer="json")
+@_flow(name="add-language", flow_run_name="add {language}")
 def add_language(
     file: Path,
     language: Language,
@@ -179,7 +182,7 @@ def add_language(
     return _change(change, f"add-language {language}", tolerance, accept)
 
 
-@flow(name="remove-language", flow_run_name="remove {language}", task_runner=_RUNNER, result_serializer="json")
+@_flow(name="remove-language", flow_run_name="remove {language}")
 def remove_language(
     file: Path, language: Language, tolerance: float = TOLERANCE, accept: bool = False
 ) -> dict[str, Any]:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +16,17 @@ import psutil
 import pytest
 from flows_helpers import tiny, written
 from processes import within
+from services_helpers import Services, digests, ended, free_port, own_environment
 
 from lors.starter import MODEL_FOLDER
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@dataclass
-class Services:
-    folder: Path
-    environment: dict[str, str]
-    port: int
-    posted: list[dict[str, Any]]
-
-    def lors(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "flows.cli", *arguments]
-        environment = {**self.environment, **more}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-    def processes(self) -> dict[str, psutil.Process]:
-        found = json.loads((self.folder / "home" / "services.json").read_text())["services"]
-        return {name: psutil.Process(own["pid"]) for name, own in found.items()}
-
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/api{path}", data, method=method)
-        request.add_header("content-type", "application/json")
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or "null")
-
-
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    folder, posted = tmp_path_factory.mktemp("services"), []
+    folder = tmp_path_factory.mktemp("services")
+    posted: list[dict[str, Any]] = []
 
     class Hook(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -71,9 +39,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
 
     hook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=hook.serve_forever, daemon=True).start()
-    environment = {**os.environ, "LORS_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
-    environment["LORS_CHECKPOINT_SECONDS"] = "0.2"
-    environment.pop("PREFECT_API_URL", None)
+    environment = own_environment(folder) | {"LORS_CHECKPOINT_SECONDS": "0.2"}
     made = Services(folder, environment, free_port(), posted)
     up = ("up", "--port", str(made.port), "--workers", "2")
     notify = f"http://127.0.0.1:{hook.server_port}/"
@@ -110,12 +76,9 @@ def test_a_run_on_workers_ends_as_one_without_though_a_worker_s_run_is_killed(
     _, said = run.communicate(timeout=300)
     assert run.returncode == 0, said
     assert "trying again after: the worker's run train " in said
-    digests = [
-        json.loads((tmp_path / name / "out" / "summary.json").read_text())["digests"] for name in ("here", "there")
-    ]
-    assert digests[0] == digests[1]
+    assert digests(tmp_path / "here" / "out") == digests(tmp_path / "there" / "out")
 
-    runs = services.ask("POST", "/flow_runs/filter", {"flows": {"name": {"any_": ["train-expert"]}}})
+    runs = services.trainings()
     assert sorted(run["state"]["type"] for run in runs) == ["COMPLETED", "COMPLETED", "CRASHED"]
     assert {run["name"] for run in runs} == {"train es-transcribe", "train fr-transcribe"}
     assert all({"lors", "task:transcribe"} < set(run["tags"]) for run in runs)
@@ -124,8 +87,7 @@ def test_a_run_on_workers_ends_as_one_without_though_a_worker_s_run_is_killed(
     again = services.lors("run", str(tmp_path / "there" / "e.yaml"), "--on", "workers")
     assert again.returncode == 0, again.stderr
     assert "\n0 steps computed" in again.stdout
-    query = {"flows": {"name": {"any_": ["train-expert"]}}}
-    assert len(services.ask("POST", "/flow_runs/filter", query)) == 3
+    assert len(services.trainings()) == 3
 
 
 def test_a_failed_run_is_reported(services: Services) -> None:
@@ -153,16 +115,16 @@ def test_the_server_answers_on_loopback_alone(services: Services) -> None:
 def test_up_twice_starts_what_is_missing_and_down_stops_everything(services: Services) -> None:
     before = services.processes()
     before["lors-gpu-1"].kill()
-    assert within(10, lambda: not before["lors-gpu-1"].is_running() or before["lors-gpu-1"].status() == "zombie")
+    assert within(10, lambda: ended(before["lors-gpu-1"]))
     up = services.lors("up", "--port", str(services.port), "--workers", "2")
     assert up.returncode == 0, up.stderr
     after = services.processes()
     assert {name for name in after if after[name] != before.get(name)} == {"lors-gpu-1"}
 
-    everything = [child for process in after.values() for child in (process, *process.children(recursive=True))]
+    everything = services.everything()
     down = services.lors("down")
     assert down.stdout.startswith("Stopped ")
-    assert within(10, lambda: not any(p.is_running() and p.status() != "zombie" for p in everything))
+    assert within(10, lambda: all(map(ended, everything)))
     assert services.lors("down").stdout == "Nothing that `lors up` started is running.\n"
     lost = services.lors("run", str(written(services.folder / "e.yaml", tiny(services.folder))), "--on", "workers")
     assert lost.returncode == 2
