@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, wait
+from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -26,6 +27,7 @@ from lors.changes import CANDIDATE, TOLERANCE, Change, compare_outputs, with_lan
 from lors.config import Experiment, load_experiment
 from lors.errors import InputError, LorsError, StepFailedError, WorseError
 from lors.isolate import Slots
+from lors.lease import hold
 from lors.outputs import publish, publish_sweep, require_writable
 from lors.pipeline import Sources, Step, Workspace, keep_base_step, plan, sources_of
 from lors.report import write_report
@@ -78,15 +80,16 @@ def full_pipeline(
         file: The experiment's YAML file, as the worker sees it.
         dispatch: Where models are trained, in place of what the experiment says.
     """
-    experiment = _on(_given(experiment, file), dispatch)
-    with _runtime(experiment) as runtime:
-        return _run_and_publish(seed_variants(experiment), experiment.output, runtime)
+    before = _given(experiment, file)
+    with _runtime(before, before.output) as runtime:
+        now = _on(_given(experiment, file), dispatch)  # who had the output before may have changed the file
+        return _run_and_publish(seed_variants(now), now.output, runtime)
 
 
 @_flow(name="sweep", flow_run_name="sweep {output}")
 def sweep(variants: list[Variant], output: Path) -> dict[str, Any]:
     """Variants of one experiment as one graph; what they have in common is computed once. Writes no models."""
-    with _runtime(variants[0].experiment) as runtime:
+    with _runtime(variants[0].experiment, output) as runtime:
         return _run_and_publish(variants, output, runtime, models=False)
 
 
@@ -106,7 +109,7 @@ def train_expert(
     if experiment.seeds is None and experiment.resources.parallel == "auto":
         alone = experiment.resources.model_copy(update={"parallel": 1})  # all cores for the one training
         experiment = experiment.model_copy(update={"resources": alone})
-    with _runtime(experiment, writes=False) as runtime:
+    with _runtime(experiment, None) as runtime:
         expert = next((e for e in experiment.experts if (e.language, e.task) == (language, task)), None)
         if expert is None:
             known = ", ".join(known.id for known in experiment.experts)
@@ -125,7 +128,7 @@ def train_baselines(experiment: Experiment, sources: Sources | None = None) -> d
         experiment: The experiment; its `baselines` say which.
         sources: What the dispatching run read of the base and the corpora; none: they are read here.
     """
-    with _runtime(experiment, writes=False) as runtime:
+    with _runtime(experiment, None) as runtime:
         steps, called = build_variants(seed_variants(experiment), runtime.workspace.store, sources)
         names = {"multitask": "fine-tune multitask", "sequential": f"fine-tune sequential {experiment.order[-1]}"}
         wanted = {baseline: name for baseline, name in names.items() if baseline in experiment.baselines}
@@ -143,8 +146,9 @@ def merge_and_evaluate(experiment: Experiment | None = None, file: Path | None =
         experiment: The experiment itself, in place of a file.
         file: The experiment's YAML file, as the worker sees it.
     """
-    experiment = _given(experiment, file)
-    with _runtime(experiment) as runtime:
+    before = _given(experiment, file)
+    with _runtime(before, before.output) as runtime:
+        experiment = _given(experiment, file)
         store = runtime.workspace.store
         variants = seed_variants(experiment)
         steps, _ = build_variants(variants, store)
@@ -177,8 +181,11 @@ def add_language(
         dispatch: Where models are trained, in place of what the experiment says.
     """
     given = None if corpora is None else corpora.model_dump(mode="json", exclude_unset=True)
-    change = with_language(file, language, given)
-    change = replace(change, after=_on(change.after, dispatch))
+
+    def change() -> Change:
+        made = with_language(file, language, given)
+        return replace(made, after=_on(made.after, dispatch))
+
     return _change(change, f"add-language {language}", tolerance, accept)
 
 
@@ -194,15 +201,17 @@ def remove_language(
         tolerance: Points of WER, CER or BLEU that another language may lose.
         accept: Take the new model whatever got worse.
     """
-    return _change(without_language(file, language), f"remove-language {language}", tolerance, accept)
+    return _change(lambda: without_language(file, language), f"remove-language {language}", tolerance, accept)
 
 
-def _change(change: Change, how: str, tolerance: float, accept: bool) -> dict[str, Any]:
+def _change(make: Callable[[], Change], how: str, tolerance: float, accept: bool) -> dict[str, Any]:
     """Compute the changed experiment beside the current model, and put it in its place where that loses nothing."""
     if not math.isfinite(tolerance):
         raise InputError(f"the tolerance {tolerance} is not a number of points")
-    experiment, trial = change.after, change.after.output / CANDIDATE
-    with _runtime(experiment) as runtime:
+    before = make().after
+    with _runtime(before, before.output) as runtime:
+        change = make()  # who had the output before may have changed the file
+        experiment, trial = change.after, change.after.output / CANDIDATE
         beside = experiment.model_copy(update={"output": trial})
         result = _run_and_publish(seed_variants(beside), trial, runtime)
         table, worse = compare_outputs(experiment.output, trial, change.kept, tolerance)
@@ -233,13 +242,13 @@ def _given(experiment: Experiment | None, file: Path | None) -> Experiment:
 
 
 @contextmanager
-def _runtime(experiment: Experiment, writes: bool = True) -> Iterator[Runtime]:
-    """What the flow's tasks work with; `writes`: the flow writes the experiment's output."""
+def _runtime(experiment: Experiment, output: Path | None) -> Iterator[Runtime]:
+    """What the flow's tasks work with; one flow at a time has the `output`, where it writes one."""
     context = FlowRunContext.get()
     assert context is not None, "called by a flow"
     assert context.flow_run is not None
     flow_run, store = context.flow_run.id, open_store(experiment.store)
-    for folder in (experiment.output, store.root) if writes else (store.root,):
+    for folder in (store.root,) if output is None else (output, store.root):
         require_writable(folder)
     count, threads, devices = shares(experiment)
     slots = Slots(count, threads, devices)
@@ -248,10 +257,27 @@ def _runtime(experiment: Experiment, writes: bool = True) -> Iterator[Runtime]:
     workspace = Workspace(store, slots, threads, experiment.resources.processes, patience)
     runtime = Runtime(workspace, Path(PREFECT_RESULTS_LOCAL_STORAGE_PATH.value()))
     try:
-        with slots, use(flow_run, runtime):  # `use` ends first, so that no task is tried again when its child is ended
+        # `use` ends first, so that no task is tried again when its child is ended.
+        with slots, _alone(output, runtime), use(flow_run, runtime):
             yield runtime
     finally:
         settle(flow_run, runtime.submitted)
+
+
+@contextmanager
+def _alone(output: Path | None, runtime: Runtime) -> Iterator[None]:
+    """Have the output for oneself; without one, nothing."""
+    if output is None:
+        yield
+        return
+
+    def on_wait(message: str) -> None:
+        get_run_logger().info(message)
+        runtime.tell("output", {"message": message})
+
+    with hold(output / ".lock", f"the output {output}", on_wait=on_wait) as lease:
+        runtime.check = lease.check
+        yield
 
 
 def _orders(
@@ -338,6 +364,7 @@ def _run_and_publish(
     runtime.orders = _orders(variants, steps, called, runtime)
     artifacts = _run(steps, steps, runtime)
     seconds = round(time.monotonic() - started, 1)
+    runtime.check()
     summaries = []
     for variant, names in zip(variants, called, strict=True):
         own = {name: steps[there] for name, there in names.items()}

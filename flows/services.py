@@ -234,12 +234,30 @@ def _make_pools() -> None:
 
 
 def _deploy(common: Mapping[str, str]) -> None:
+    """Make the deployments. A schedule that somebody resumed stays so, though the file has it paused."""
+    from prefect.client.orchestration import get_client
+
     _say("making the deployments")
+    with get_client(sync_client=True) as client:
+        resumed = {name for name, _, schedule in _schedules(client) if schedule["active"]}
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(_DEPLOYMENTS)]
     done = subprocess.run(command, env={**os.environ, **common}, capture_output=True, text=True)
     if done.returncode:
         said = " ".join((done.stdout + done.stderr).split())
         raise LorsError(f"the deployments of {_DEPLOYMENTS} could not be made: {said[-500:]}")
+    with get_client(sync_client=True) as client:
+        for name, deployment, schedule in _schedules(client):
+            if name in resumed and not schedule["active"]:
+                address = f"/deployments/{deployment}/schedules/{schedule['id']}"
+                client.request("PATCH", address, json={"active": True})
+
+
+def _schedules(client: Any) -> Iterator[tuple[tuple[str, str], str, dict[str, Any]]]:
+    """Each with a name that making the deployments anew does not change, and its deployment's id."""
+    for deployment in client.request("POST", "/deployments/filter", json={}).json():
+        for schedule in deployment["schedules"]:
+            about = json.dumps(schedule["schedule"], sort_keys=True)
+            yield (deployment["name"], about), deployment["id"], schedule
 
 
 def _automate(notify: str | None) -> None:

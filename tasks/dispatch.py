@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ POLL_SECONDS = 2.0
 _TELL_SECONDS = 10.0
 AWAY_SECONDS = 900.0
 """How long the API may be away, for a new version of the server, say, before a wait for a worker ends."""
-PENDING_SECONDS = 180.0
+PENDING_SECONDS = float(os.environ.get("LORS_PENDING_SECONDS", "180"))
 """A run that a worker took and that did not begin within that time was lost with the worker."""
 _SAID = re.compile(r"(?:encountered an exception|exception): (?P<kind>\w+): (?P<message>.*)", re.S)
 

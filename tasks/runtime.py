@@ -39,6 +39,8 @@ class Runtime:
     """The steps that workers do, by name."""
     ordered: set[UUID] = field(default_factory=set)
     """The workers' runs that this run waits for."""
+    check: Callable[[], None] = lambda: None
+    """Raises StepFailedError where another run has taken this one's output over."""
     stopping: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 

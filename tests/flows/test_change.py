@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from flows_helpers import Done, tiny, written
 from prefect.client.orchestration import get_client
+from processes import within
 
 from flows.pipeline import add_language, full_pipeline, remove_language
 from lors.config import load_experiment
 from lors.errors import InputError, WorseError
+from lors.lease import hold
 from lors.versions import history
+from tasks.runtime import LISTENERS
 
 
 def test_a_language_comes_and_goes_and_no_model_is_lost(done: Done) -> None:
@@ -56,3 +62,26 @@ def test_a_flow_wants_an_experiment_or_its_file(done: Done) -> None:
     for arguments in ({}, {"experiment": done.make(), "file": done.folder / "changed.yaml"}):
         with pytest.raises(InputError, match="either an experiment or the file of one"):
             full_pipeline(**arguments)
+
+
+def test_who_waits_for_an_output_reads_the_file_when_it_is_his_turn(done: Done) -> None:
+    file, said = done.folder / "turn.yaml", list[str]()
+    written(file, tiny(done.folder))
+
+    def listen(step: str, event: Mapping[str, Any]) -> None:
+        said.append(f"{step}: {event.get('message', '')}")
+
+    waiting = threading.Thread(target=full_pipeline, kwargs={"file": file})
+    LISTENERS.append(listen)
+    try:
+        with hold(done.folder / "out" / ".lock", "the output"):
+            waiting.start()
+            assert within(60, lambda: any(line.startswith("output: Waiting for the output ") for line in said))
+            written(file, tiny(done.folder, diagnose=False))
+        waiting.join(120)
+    finally:
+        LISTENERS.remove(listen)
+    assert not waiting.is_alive()
+    summary = json.loads((done.folder / "out" / "summary.json").read_text())
+    assert summary["experiment"]["diagnose"] is False
+    full_pipeline(done.make())

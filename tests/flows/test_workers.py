@@ -113,11 +113,16 @@ def test_the_server_answers_on_loopback_alone(services: Services) -> None:
 
 
 def test_up_twice_starts_what_is_missing_and_down_stops_everything(services: Services) -> None:
+    deployment = services.ask("GET", "/deployments/name/full-pipeline/full-pipeline")
+    resumed = f"/deployments/{deployment['id']}/schedules/{deployment['schedules'][0]['id']}"
+    services.ask("PATCH", resumed, {"active": True})
     before = services.processes()
     before["lors-gpu-1"].kill()
     assert within(10, lambda: ended(before["lors-gpu-1"]))
     up = services.lors("up", "--port", str(services.port), "--workers", "2")
     assert up.returncode == 0, up.stderr
+    deployment = services.ask("GET", "/deployments/name/full-pipeline/full-pipeline")
+    assert [schedule["active"] for schedule in deployment["schedules"]] == [True]
     after = services.processes()
     assert {name for name in after if after[name] != before.get(name)} == {"lors-gpu-1"}
 

@@ -97,9 +97,7 @@ def test_a_base_of_a_hub_that_is_away_may_be_had_later(monkeypatch: pytest.Monke
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-    with pytest.raises(
-        UnreachableError, match=r"did not give the model who/model .*: check the network"
-    ):
+    with pytest.raises(UnreachableError, match=r"did not give the model who/model .*: check the network"):
         resolve_folder("who/model")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="who/model is neither a folder nor"):
