@@ -1,4 +1,7 @@
-"""`lors up`, a run on its workers of which one is killed, a failure that is reported, `lors down`."""
+"""`lors up`, a run on its workers of which one is killed, a failure that is reported, `lors down`.
+
+The workers share nothing with the run but the server and a bucket: their staging folder is another one.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ import psutil
 import pytest
 from flows_helpers import tiny, written
 from processes import within
+from s3_server import aws_environment, make_bucket, s3_server
 from services_helpers import Services, digests, ended, free_port, own_environment
 
 from lors.starter import MODEL_FOLDER
 
+SECRETS = ("planted-key-of-the-bucket", "planted-path-of-the-hook")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
 
 
@@ -40,16 +45,22 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     hook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=hook.serve_forever, daemon=True).start()
     environment = own_environment(folder) | {"LORS_CHECKPOINT_SECONDS": "0.2"}
-    made = Services(folder, environment, free_port(), posted)
-    up = ("up", "--port", str(made.port), "--workers", "2")
-    notify = f"http://127.0.0.1:{hook.server_port}/"
-    try:
-        done = made.lors(*up, "--json", LORS_NOTIFY_URL=notify)
-        assert done.returncode == 0, done.stderr
-        yield made
-    finally:
-        made.lors("down")
-        hook.shutdown()
+    with s3_server() as endpoint:
+        make_bucket(endpoint, "experiments")
+        environment |= aws_environment(endpoint, SECRETS[0]) | {"LORS_STAGING": str(folder / "staging")}
+        made = Services(folder, environment, free_port(), posted)
+        notify = f"http://127.0.0.1:{hook.server_port}/{SECRETS[1]}"
+        try:
+            done = made.lors(
+                *("up", "--port", str(made.port), "--workers", "2", "--json"),
+                LORS_NOTIFY_URL=notify,
+                LORS_STAGING=str(folder / "staging of workers"),
+            )
+            assert done.returncode == 0, done.stderr
+            yield made
+        finally:
+            made.lors("down")
+            hook.shutdown()
 
 
 def test_a_run_on_workers_ends_as_one_without_though_a_worker_s_run_is_killed(
@@ -59,17 +70,17 @@ def test_a_run_on_workers_ends_as_one_without_though_a_worker_s_run_is_killed(
     changes: dict[str, Any] = {"base": str(base), "tasks": ["transcribe"], "merge": {"scaling": 0.5}}
     changes |= {"finetune": {"steps": 40, "learning_rate": 1e-3, "batch_seconds": 24}, "diagnose": False}
     corpora = {"source": "synthetic", "utterances": {"train": 24, "validation": 2, "test": 2}}
-    for name in ("here", "there"):
+    for name, place in (("here", {}), ("there", {"store": "s3://experiments/there"})):
         (tmp_path / name).mkdir()
-        written(tmp_path / name / "e.yaml", tiny(tmp_path / name, corpora=corpora, **changes))
+        written(tmp_path / name / "e.yaml", tiny(tmp_path / name, corpora=corpora, **changes) | place)
     api = {"PREFECT_API_URL": f"http://127.0.0.1:{services.port}/api"}
     here = services.lors("run", str(tmp_path / "here" / "e.yaml"), **api)
     assert here.returncode == 0, here.stderr
 
     command = [sys.executable, "-m", "flows.cli", "run", str(tmp_path / "there" / "e.yaml"), "--on", "workers"]
     run = subprocess.Popen(command, env=services.environment, stderr=subprocess.PIPE, text=True)
-    store = tmp_path / "there" / "store"
-    assert within(120, lambda: any((store / "work" / "fine_tune").glob("*/training/checkpoint.safetensors")))
+    work = services.folder / "staging of workers" / "experiments" / "there" / "work" / "fine_tune"
+    assert within(120, lambda: any(work.glob("*/training/checkpoint.safetensors")))
     workers = [process for name, process in services.processes().items() if name.startswith("lors-gpu")]
     killed = next(child for worker in workers for child in worker.children())
     killed.kill()
@@ -99,6 +110,14 @@ def test_a_failed_run_is_reported(services: Services) -> None:
     assert services.posted[0]["flow"] == "full-pipeline"
     assert services.posted[0]["state"] == "Failed"
     assert "none.yaml does not exist" in services.posted[0]["text"]
+
+
+def test_no_secret_is_kept_in_the_clear(services: Services) -> None:
+    """The address of a notification is in a block, which Prefect encrypts; the bucket's key is nowhere."""
+    files = [path for path in services.folder.rglob("*") if path.is_file()]
+    assert any(path.name == "prefect.db" for path in files)
+    for secret in SECRETS:
+        assert [str(path) for path in files if secret.encode() in path.read_bytes()] == []
 
 
 def test_the_server_answers_on_loopback_alone(services: Services) -> None:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 from processes import within
+from s3_server import aws_environment, make_bucket, s3_server
 
 import lors
 from lors import lease
@@ -36,57 +36,19 @@ STEP: dict[str, Any] = {"version": 1, "settings": {"rank_ratio": 0.1}, "inputs":
 KEY = step_key("prune", **STEP)
 FILES = {"model.safetensors": b"weights" * 100, "logs/a.json": b"{}", "empty": b""}
 SECRET = "planted-and-never-to-be-seen"
-# The bucket `careless` ignores conditions, as older servers do. One thread: moto itself does not lock its buckets.
-SERVER = """
-import sys
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import run_simple
-moto = DomainDispatcherApplication(create_backend_app)
-def application(environ, start):
-    if environ["PATH_INFO"].startswith("/careless"):
-        environ.pop("HTTP_IF_NONE_MATCH", None), environ.pop("HTTP_IF_MATCH", None)
-    return moto(environ, start)
-run_simple("127.0.0.1", int(sys.argv[1]), application)
-"""
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-    def answers() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    try:
-        assert within(60, answers)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
+    with s3_server() as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)
 def _environment(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    variables = {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": "/nonexistent",
-        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
-        "NO_PROXY": "127.0.0.1",
-    }
-    for name, value in variables.items():
+    for name, value in aws_environment(endpoint, SECRET).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(lease, "LEASE_SECONDS", 1.5)
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
@@ -94,7 +56,7 @@ def _environment(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def url(endpoint: str) -> str:
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/experiments", method="PUT")).close()
+    make_bucket(endpoint, "experiments")
     return f"s3://experiments/{os.urandom(6).hex()}"
 
 
@@ -654,7 +616,7 @@ def experiment(store: Any) -> Experiment:
 
 
 def test_a_server_without_conditional_writes_is_refused(endpoint: str, tmp_path: Path) -> None:
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/careless", method="PUT")).close()
+    make_bucket(endpoint, "careless")
     with pytest.raises(InputError, match=r"ignores If-None-Match or If-Match .* two workers could train one expert"):
         make(S3Store("s3://careless", tmp_path))
 
