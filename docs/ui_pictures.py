@@ -1,4 +1,4 @@
-"""Pictures of the Prefect UI for docs/ui.md: `python -m docs.ui_pictures`, some ten minutes on two cores.
+"""Pictures of the Prefect UI for docs/ui.md: `python -m docs.ui_pictures`, four minutes on two cores.
 
 A real server with workers, in a temporary folder, runs a small experiment twice; a headless Chromium (see
 docs/screenshots.py) looks at it, during the first training too.
@@ -70,9 +70,15 @@ class Stack:
         return found
 
     def run_of(self, flow: str) -> str:
-        """The address of a flow's newest run."""
-        run = self.find("flow_runs", flows={"name": {"any_": [flow]}})[0]
-        return f"{self.url}/runs/flow-run/{run['id']}"
+        """The address of a flow's newest run, once the server has recorded how all its steps ended."""
+        run = self.find("flow_runs", flows={"name": {"any_": [flow]}})[0]["id"]
+        end = time.monotonic() + 300
+        while any(
+            step["state_type"] != "COMPLETED" for step in self.find("task_runs", flow_runs={"id": {"any_": [run]}})
+        ):
+            assert time.monotonic() < end, f"the server did not record how the steps of {run} ended"
+            time.sleep(1)
+        return f"{self.url}/runs/flow-run/{run}"
 
     def artifact_of(self, key: str) -> str:
         """The address of the newest artifact of a key."""
@@ -171,11 +177,20 @@ def take_training(camera: Camera, stack: Stack) -> None:
 
 
 def take_run(camera: Camera, stack: Stack) -> None:
-    """A run that computed everything: its steps, then its graph alone."""
+    """A run that computed everything, and its steps."""
     camera.open(stack.run_of("full-pipeline"), "Task Runs", height=1100)
     press(camera.page, "li", "Task Runs")
     camera.page.wait_for(says("language:es"))
     camera.take("run")
+
+
+def take_cached(camera: Camera, stack: Stack) -> None:
+    """A run of which every step is cached, then its graph alone, as a grid: Prefect draws none of a run with others in
+    it, such as trainings on workers."""
+    camera.open(stack.run_of("full-pipeline"), "Task Runs", height=1100)
+    press(camera.page, "li", "Task Runs")
+    camera.page.wait_for(says("Cached"))
+    camera.take("cached")
     press(camera.page, "[aria-label='Run Graph Options']")
     press(camera.page, "input[value=dependency_nearest-parent]")
     still(camera.page.picture)
@@ -203,7 +218,8 @@ def take_form(camera: Camera, stack: Stack) -> None:
 
 def main() -> None:
     """Write all pictures."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, browsing(Path(name) / "profile") as page:
+    folder = tempfile.TemporaryDirectory(prefix="lors-ui-", ignore_cleanup_errors=True)
+    with folder as name, browsing(Path(name) / "profile") as page:
         camera = Camera(page)
         with serving(Path(name)) as stack:
             running = stack.start("run", "small.yaml", "--on", "workers")
@@ -218,10 +234,7 @@ def main() -> None:
             take_run(camera, stack)
             take_results(camera, stack)
             stack.lors("run", "small.yaml", "--on", "workers")
-            camera.open(stack.run_of("full-pipeline"), "Task Runs", height=1000)
-            press(page, "li", "Task Runs")
-            page.wait_for(says("Cached"))
-            camera.take("cached")
+            take_cached(camera, stack)
             take_form(camera, stack)
 
 

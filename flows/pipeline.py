@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture, wait
 from prefect.logging import get_run_logger
@@ -95,17 +96,23 @@ def sweep(variants: list[Variant], output: Path) -> dict[str, Any]:
 
 @_flow(name="train-expert", flow_run_name="train {language}-{task}")
 def train_expert(
-    experiment: Experiment, language: Language, task: Task, sources: Sources | None = None
+    language: Language,
+    task: Task,
+    experiment: Experiment | None = None,
+    file: Path | None = None,
+    sources: Sources | None = None,
 ) -> dict[str, Any]:
     """One expert: prepare its corpus, fine-tune, extract and prune its task vector. Returns the last artifact (with
     `seeds`, which are all trained, that of the first).
 
     Args:
-        experiment: The experiment that the expert is of.
         language: Whisper's code of the expert's language.
         task: What the expert does: transcribe, or translate into English.
+        experiment: The experiment that the expert is of, in place of a file.
+        file: The experiment's YAML file, as the worker sees it.
         sources: What the dispatching run read of the base and the corpora; none: they are read here.
     """
+    experiment = _given(experiment, file)
     if experiment.seeds is None and experiment.resources.parallel == "auto":
         alone = experiment.resources.model_copy(update={"parallel": 1})  # all cores for the one training
         experiment = experiment.model_copy(update={"resources": alone})
@@ -248,6 +255,9 @@ def _runtime(experiment: Experiment, output: Path | None) -> Iterator[Runtime]:
     assert context is not None, "called by a flow"
     assert context.flow_run is not None
     flow_run, store = context.flow_run.id, open_store(experiment.store)
+    if "lors" not in context.flow_run.tags:  # no deployment's
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(flow_run, tags=[*context.flow_run.tags, "lors"])
     for folder in (store.root,) if output is None else (output, store.root):
         require_writable(folder)
     count, threads, devices = shares(experiment)

@@ -152,6 +152,7 @@ def _up(options: argparse.Namespace) -> int:
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": HEARTBEAT_SECONDS,
             "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", "2"),
             "LORS_ROOT": str(Path.cwd()),
+            "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),  # not what is set below
         }
         _start_server(state, options, url, common)
         # Prefect reads these when it is imported, below.

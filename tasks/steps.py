@@ -32,8 +32,7 @@ def _perform(step: Step, inputs: Mapping[str, Any]) -> Any:
     assert context is not None, "a step is performed inside its Prefect task"
     runtime = runtime_of(context.task_run)
     told = time.monotonic()
-    here = step.stage == "fine_tune" and step.name not in runtime.orders
-    view = TrainingView(step.name) if here else None
+    view = TrainingView(step.name) if step.stage == "fine_tune" else None
 
     def on_event(event: Mapping[str, Any]) -> None:
         nonlocal told
@@ -42,7 +41,7 @@ def _perform(step: Step, inputs: Mapping[str, Any]) -> Any:
             view(event)
         if time.monotonic() - told >= _LOG_SECONDS:
             told = time.monotonic()
-            logger.info("%s: %s", step.name, ", ".join(f"{name} {value}" for name, value in event.items()))
+            logger.info("%s: %s", step.name, ", ".join(f"{name} {_short(value)}" for name, value in event.items()))
 
     if (order := runtime.orders.get(step.name)) is not None:
         artifact, hit = _order(order, step, inputs, runtime, on_event)
@@ -58,6 +57,10 @@ def _perform(step: Step, inputs: Mapping[str, Any]) -> Any:
     logger.info("%s %s: %s", step.name, "was in the store" if hit else "computed", dict(artifact.summary))
     # What another machine made, or Prefect has no record of, is cached all the same.
     return Completed(name="Cached", data=artifact.to_json()) if hit else artifact.to_json()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _order(
@@ -180,7 +183,7 @@ def task_for(step: Step, cached: bool) -> Task[Any, Any]:
 
     A cached step does no work, so it has no tag to wait for a concurrency slot of; asking costs seconds on SQLite.
     """
-    made = TASKS[step.stage].with_options()
+    made = TASKS[step.stage].with_options(name=step.name)  # what the UI calls it until it begins
     about = {f"{name}:{value}" for name, value in (("language", step.language), ("task", step.task)) if value}
     made.tags = set() if cached else made.tags | about
     return made

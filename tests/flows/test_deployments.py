@@ -38,7 +38,7 @@ WRITE_OUTPUTS = {"full-pipeline", "merge-and-evaluate", "add-language", "remove-
 
 FIELDS = {
     "full-pipeline": ["experiment", "file", "dispatch"],
-    "train-expert": ["experiment", "language", "task", "sources"],
+    "train-expert": ["language", "task", "experiment", "file", "sources"],
     "train-baselines": ["experiment", "sources"],
     "merge-and-evaluate": ["experiment", "file"],
     "add-language": ["file", "language", "corpora", "tolerance", "accept", "dispatch"],

@@ -41,6 +41,7 @@ def task_states(flow: str, count: int) -> list[str]:
     with get_client(sync_client=True) as client:
         runs = client.request("POST", "/flow_runs/filter", json={"sort": "START_TIME_DESC", "limit": 20}).json()
         last = next(run for run in runs if run["name"].startswith(flow))
+        assert "lors" in last["tags"]
         query = {"task_runs": {"flow_run_id": {"any_": [last["id"]]}}}
         while True:
             found = client.request("POST", "/task_runs/filter", json=query).json()
@@ -281,16 +282,16 @@ def test_an_output_of_another_experiment_is_replaced(done: Done) -> None:
 
 
 def test_train_expert_gives_one_compact_expert(done: Done) -> None:
-    artifact = Artifact.from_json(train_expert(done.make(), "fr", "translate"))
+    artifact = Artifact.from_json(train_expert("fr", "translate", done.make()))
     assert artifact.stage == "prune_task_vector"
     assert artifact.digest == done.summary["digests"]["prune fr-translate"]
     assert task_states("train fr-translate", 5) == ["Cached"] * 5
-    of_seeds = Artifact.from_json(train_expert(done.make(seeds=[0]), "fr", "translate"))
+    of_seeds = Artifact.from_json(train_expert("fr", "translate", done.make(seeds=[0])))
     assert of_seeds.digest == artifact.digest
     with pytest.raises(
         InputError, match="de-translate is no expert of this experiment: choose from es-transcribe, es-"
     ):
-        train_expert(done.make(), "de", "translate")
+        train_expert("de", "translate", done.make())
 
 
 def test_merging_wants_experts_that_are_there(done: Done) -> None:

@@ -264,7 +264,13 @@ class SyntheticCorpora(_Corpora):
         return self.model_copy(update={"utterances": _updated(self.utterances, own)})
 
 
+def _any_of(schema: dict[str, Any]) -> None:
+    """As JSON Schema's `anyOf`: the Prefect UI draws no form for `oneOf`."""
+    schema["anyOf"] = schema.pop("oneOf")
+    del schema["discriminator"]
+
+
 Corpora = Annotated[
     ManifestCorpora | FolderCorpora | CommonVoiceCorpora | DatasetsCorpora | SyntheticCorpora,
-    Field(discriminator="source"),
+    Field(discriminator="source", json_schema_extra=_any_of),
 ]
