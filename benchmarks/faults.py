@@ -493,6 +493,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--port", type=int, default=4299, help="of the trials' server")
     options = parser.parse_args()
+    # What a shell runs in the background ignores Ctrl-C, and so would the commands that are started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     wanted = options.only.split(",") if options.only else list(FAULTS)
     with tempfile.TemporaryDirectory(prefix="lors-faults-", ignore_cleanup_errors=True) as folder:
         bench = Bench(Path(folder), options.port, random.Random(options.seed))

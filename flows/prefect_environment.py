@@ -14,8 +14,15 @@ from uuid import UUID
 
 from lors.errors import LorsError
 
-__all__ = ["HEARTBEAT_SECONDS", "connect", "prepare", "settle"]
+__all__ = ["FEWER_TRANSACTIONS", "HEARTBEAT_SECONDS", "connect", "prepare", "settle"]
 
+FEWER_TRANSACTIONS = {
+    # A transaction an event, the default, is slow on SQLite and makes other requests fail and wait for 2 s.
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "500",
+    # Whole seconds: Prefect cuts a fraction to 0 and then spins, on half a core.
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+}
+"""A server's settings."""
 HEARTBEAT_SECONDS = "30"
 """How often a run tells a server that it lives; `lors up` has the server end those that have not for three times as
 long."""
@@ -39,10 +46,7 @@ def prepare(store: Path) -> None:
     if not os.environ.get("PREFECT_API_URL"):
         # The ephemeral server is stopped with its last writes under way and would print their tracebacks.
         settings["PREFECT_LOGGING_SERVER_LEVEL"] = "CRITICAL"
-        # A transaction an event, the default, is slow on SQLite and makes other requests fail and wait for 2 s.
-        settings["PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE"] = "500"
-        # Whole seconds: Prefect cuts a fraction to 0 and then spins, on half a core.
-        settings["PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL"] = "1"
+        settings |= FEWER_TRANSACTIONS
     else:
         settings["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = HEARTBEAT_SECONDS
     for name, value in settings.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from flows.prefect_environment import HEARTBEAT_SECONDS
+from flows.prefect_environment import FEWER_TRANSACTIONS, HEARTBEAT_SECONDS
 from lors.errors import InputError, LorsError
 from lors.store import write_json
 
@@ -28,6 +28,7 @@ __all__ = ["add_commands", "server_url"]
 _DEPLOYMENTS = Path(__file__).parents[1] / "deployments" / "prefect.yaml"
 _START_SECONDS, _STOP_SECONDS = 180.0, 40.0
 _MAIN_FLOWS = ["full-pipeline", "merge-and-evaluate", "add-language", "remove-language"]
+_DEPLOY_AGAIN = (5.0, 20.0)
 _SILENT_SECONDS = 3 * int(HEARTBEAT_SECONDS)
 
 
@@ -187,8 +188,9 @@ def _start_server(state: _State, options: argparse.Namespace, url: str, common: 
             f"PREFECT_API_URL={url} prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml"
         )
     state.url, state.services = url, {}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", options.host, "--port", str(options.port)]
-    log = state.start("server", command, common)
+    command = [sys.executable, "-m", "flows.prefect_server", "prefect", "server", "start"]
+    command += ["--host", options.host, "--port", str(options.port)]
+    log = state.start("server", command, {**common, **FEWER_TRANSACTIONS})
     _say(f"starting the server at {url}")
     end = time.monotonic() + _START_SECONDS
     while not _healthy(url):
@@ -242,8 +244,13 @@ def _deploy(common: Mapping[str, str]) -> None:
     with get_client(sync_client=True) as client:
         resumed = {name for name, _, schedule in _schedules(client) if schedule["active"]}
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(_DEPLOYMENTS)]
-    done = subprocess.run(command, env={**os.environ, **common}, capture_output=True, text=True)
-    if done.returncode:
+    for delay in (*_DEPLOY_AGAIN, None):
+        done = subprocess.run(command, env={**os.environ, **common}, capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+        if delay is not None:  # a server that was just killed is busy with what it was at
+            time.sleep(delay)
+    else:
         said = " ".join((done.stdout + done.stderr).split())
         raise LorsError(f"the deployments of {_DEPLOYMENTS} could not be made: {said[-500:]}")
     with get_client(sync_client=True) as client:
