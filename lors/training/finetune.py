@@ -7,7 +7,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lors.errors import ConfigError, CorpusError, StepFailedError, TrainingError
+from lors.groups import in_group
 from lors.speech.architecture import architecture_of
 from lors.training import update
 from lors.training.checkpoint import LOG, Best, Checkpoint, Log, Progress, State, about, disk_errors
@@ -102,6 +103,8 @@ def fine_tune(
         stack.enter_context(disk_errors(work))
         parameters = stack.enter_context(trained(model, settings.freeze, settings.lora, settings.seed))
         stack.enter_context(_modes(model, settings))
+        if base is not None and not any(in_group("encoder", name, ()) for name in parameters):
+            base = replace(base, shares_encoder=True)
         state = _start(model, parameters, settings, peak, dtype)
         checkpoint = Checkpoint(work, about(settings, train, parameters), writes=us.first)
         if message := checkpoint.load(state):

@@ -33,6 +33,8 @@ class Base:
     """In evaluation mode, on the device of the trained one."""
     weight: float
     """Of the divergence, beside the cross-entropy."""
+    shares_encoder: bool = False
+    """Whether the trained model's encoder is this one's too: it is frozen, so its output serves both."""
 
 
 class Prompts:

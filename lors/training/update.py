@@ -96,9 +96,11 @@ def part_loss(model: Any, part: Part, smoothing: float, device: torch.device, ba
     if base is None or part.others is None:
         return loss
     asked = {"decoder_input_ids": part.others.decoder_input_ids.to(device), "use_cache": False}
+    heard = (out.encoder_last_hidden_state,)
     with torch.no_grad():
-        wanted = base.model(**{**inputs, **asked}).logits
-    written = model(encoder_outputs=(out.encoder_last_hidden_state,), **asked).logits
+        given = {"encoder_outputs": heard} if base.shares_encoder else inputs
+        wanted = base.model(**{**given, **asked}).logits
+    written = model(encoder_outputs=heard, **asked).logits
     return loss + base.weight * divergence(written, wanted, part.others.labels.to(device))
 
 

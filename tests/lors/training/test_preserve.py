@@ -213,6 +213,26 @@ def test_a_resumed_training_is_held_to_the_base_and_not_to_itself(tmp_path: Path
     assert_same(weights(run(tmp_path / "b", preserve=PRESERVE, augment={"speed": [0.9, 1.1]})), weights(whole))
 
 
+def test_a_frozen_encoder_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same weights as with an encoder of the base's own."""
+    seen = []
+    base = finetune._base
+
+    def counted(*arguments: Any) -> Any:
+        found = base(*arguments)
+        assert found is not None
+        found.model.get_encoder().register_forward_hook(lambda *_: seen.append(1))
+        return found
+
+    monkeypatch.setattr(finetune, "_base", counted)
+    once = run(tmp_path / "a", preserve=PRESERVE, freeze=["encoder"])
+    assert not seen
+    monkeypatch.setattr(finetune, "in_group", lambda *_: True)
+    twice = run(tmp_path / "b", preserve=PRESERVE, freeze=["encoder"])
+    assert len(seen) == 12
+    assert_same(weights(once), weights(twice))
+
+
 def test_it_needs_prompts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing says here which other prompts there are"):
         fine_tune(tiny_model(), examples(), [], settings(preserve={}), tmp_path)
