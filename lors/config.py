@@ -290,7 +290,7 @@ class Experiment(Section):
                         f"merge.scaling: {method} gives the experts no merge weights, so it cannot be searched per "
                         "expert: search it per model or part"
                     )
-                counts[method] = points(search, [expert.id for expert in self.experts])
+                counts[method] = points(search, [expert.id for expert in self.merged])
         first = next(iter(counts), None)
         for method, count in counts.items():
             if first is not None and count != counts[first]:
@@ -341,6 +341,12 @@ class Experiment(Section):
     def experts(self) -> tuple[Expert, ...]:
         """One a (language, task), languages first."""
         return tuple(Expert(language=language, task=task) for language in self.languages for task in self.tasks)
+
+    @property
+    def merged(self) -> tuple[Expert, ...]:
+        """The experts whose task vectors are merged: where those of a language are one training, its first."""
+        together = self.finetune.tasks == "together"
+        return tuple(expert for expert in self.experts if not together or expert.task == self.tasks[0])
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -338,16 +338,17 @@ class _Builder:
                 )
         for baseline, model in self.baselines(corpora).items():
             evaluate(baseline, model)
+        merged = {expert: vectors[expert] for expert in experiment.merged}
         for method in experiment.systems:
             recipe = experiment.recipe(method)
             if settings := recipe.pruning:
-                pruned = {expert: self.prune(expert, vector, method, settings) for expert, vector in vectors.items()}
+                pruned = {expert: self.prune(expert, vector, method, settings) for expert, vector in merged.items()}
                 evaluate(method, self.merge(recipe, pruned, corpora))
             else:
-                evaluate(method, self.merge(recipe, vectors, corpora))
+                evaluate(method, self.merge(recipe, merged, corpora))
         self.steps |= scoring_steps(evaluations, experiment, self.store.memo)
         if experiment.diagnose:
-            inputs = {expert.id: Source(vector) for expert, vector in vectors.items()}
+            inputs = {expert.id: Source(vector) for expert, vector in merged.items()}
             self.add("diagnose experts", "diagnose_experts", {}, inputs=inputs, **self.on_base)
 
     def prepare(self, language: str) -> Corpus:
@@ -372,16 +373,19 @@ class _Builder:
         corpora: Mapping[str, Corpus],
         updates: int = 1,  # as many as so many experts take together
         start: str | None = None,  # the training whose result this one starts from; None is the base
+        baseline: bool = False,
         **about: Any,
     ) -> str:
         """One training on the speech of one or more (language, task)s."""
         finetune = self.experiment.finetune
         longer: dict[str, Any] = {"steps": updates * finetune.steps}
+        if baseline:
+            longer["preserve"] = None  # it is merged with nothing
         if finetune.max_hours is not None:
             longer["max_hours"] = updates * finetune.max_hours
         settings: dict[str, Any] = {
             "parts": [[part.language, part.task] for part in parts],
-            "finetune": finetune.model_copy(update=longer).model_dump(mode="json"),
+            "finetune": finetune.model_copy(update=longer).identity(),
         }
         if finetune.validation is not None and finetune.validation.metric == "score":
             own = self.experiment.evaluate
@@ -400,7 +404,10 @@ class _Builder:
 
     def expert(self, expert: Expert, corpora: Mapping[str, Corpus]) -> str:
         about: dict[str, Any] = {"language": expert.language, "task": expert.task}
-        trained = self.train(f"fine-tune {expert.id}", [expert], corpora, **about)
+        parts = [expert]
+        if self.experiment.finetune.tasks == "together":
+            parts = [other for other in self.experiment.experts if other.language == expert.language]
+        trained = self.train(f"fine-tune {expert.id}", parts, corpora, updates=len(parts), **about)
         return self.add(
             f"extract {expert.id}",
             "extract_task_vector",
@@ -415,13 +422,17 @@ class _Builder:
         experiment, found = self.experiment, {}
         if "multitask" in experiment.baselines:
             count = len(experiment.experts)
-            found["multitask"] = self.train("fine-tune multitask", experiment.experts, corpora, updates=count)
+            found["multitask"] = self.train(
+                "fine-tune multitask", experiment.experts, corpora, updates=count, baseline=True
+            )
         if "sequential" in experiment.baselines:
             last: str | None = None
             for language in experiment.order:
                 parts = [expert for expert in experiment.experts if expert.language == language]
                 name = f"fine-tune sequential {language}"
-                last = self.train(name, parts, corpora, updates=len(parts), start=last, language=language)
+                last = self.train(
+                    name, parts, corpora, updates=len(parts), start=last, baseline=True, language=language
+                )
             assert last is not None, "an experiment has languages"
             found["sequential"] = last
         return found
@@ -487,7 +498,7 @@ class _Builder:
             **experiment.evaluate.decoding(),
         }
         validation = {f"corpus-{code}": _parquet(corpus, "validation") for code, corpus in corpora.items()}
-        rounds = schedule(search, [expert.id for expert in experiment.experts])
+        rounds = schedule(search, [expert.id for expert in experiment.merged])
         best = ""
         for number, one in enumerate(rounds):
             settings, inputs = dict(decoding), dict(validation)

@@ -16,6 +16,7 @@ from lors.stages.validating import validation_error
 if TYPE_CHECKING:
     from lors.speech.corpus import Utterance
     from lors.training.examples import Example
+    from lors.training.preserve import Prompts
     from lors.training.settings import Finetune
 
 __all__ = ["fine_tune", "train"]
@@ -69,6 +70,7 @@ def train(
             training,
             tell,
             score=_scorer(settings, processor, spoken) if "evaluate" in settings else None,
+            prompts=_prompts(settings["parts"], model, processor, own),
             stop=stop,
         )
     if first:
@@ -113,6 +115,18 @@ def _examples(
             if split == "validation":
                 spoken[language, task] = utterances[:limit]
     return examples, spoken
+
+
+def _prompts(parts: Sequence[tuple[str, str]], model: Any, processor: Any, own: Finetune) -> Prompts | None:
+    """What the utterances are asked for beside, where the expert is held to the base there."""
+    from lors.speech.architecture import architecture_of
+    from lors.training.preserve import Prompts
+
+    if own.preserve is None:
+        return None
+    architecture = architecture_of(model)
+    limit, trained = architecture.token_limit(model.config), [(language, task) for language, task in parts]
+    return Prompts(processor.tokenizer, architecture, limit, trained, own.preserve.languages)
 
 
 def _scorer(

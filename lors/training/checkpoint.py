@@ -75,7 +75,7 @@ def about(settings: Finetune, examples: Sequence[Example], parameters: Parameter
         spoken.update(json.dumps([utterance.id, utterance.seconds, example.group, example.labels]).encode())
     shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
     return {
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.identity(),
         "training examples": spoken.hexdigest(),
         "trained weights": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
     }

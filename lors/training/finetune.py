@@ -7,7 +7,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lors.errors import ConfigError, CorpusError, StepFailedError, TrainingError
+from lors.groups import in_group
 from lors.speech.architecture import architecture_of
 from lors.training import update
 from lors.training.checkpoint import LOG, Best, Checkpoint, Log, Progress, State, about, disk_errors
@@ -24,6 +25,7 @@ from lors.training.examples import Example, examples_for
 from lors.training.inputs import Batch, Inputs, ahead
 from lors.training.modes import checkpointed, compiled, uncompiled
 from lors.training.precision import precision_for, scaler_for
+from lors.training.preserve import Base, Prompts
 from lors.training.schedule import learning_rate_for, rate_share
 from lors.training.settings import Finetune
 from lors.training.signals import stop_on_sigterm
@@ -56,6 +58,7 @@ def fine_tune(
     report: Report = lambda event: None,
     *,
     score: Score | None = None,
+    prompts: Prompts | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train `model` in place; returns figures (steps, losses, seconds, samples a second).
@@ -68,6 +71,8 @@ def fine_tune(
 
     Args:
         score: percent error, lower is better, of the model as it is; for `settings.validation.metric: score`.
+        prompts: what the utterances are asked for beside, for `settings.preserve`: the model is held there to what it
+            is at this call.
         stop: asked after each step; where it returns True, a checkpoint is written and StepFailedError raised.
 
     Raises:
@@ -83,20 +88,30 @@ def fine_tune(
     measure = _measure(settings, validation, score)
     peak = settings.learning_rate or learning_rate_for(sum(p.numel() for p in model.parameters()))
     dtype = precision_for(settings.precision, model.device)
-    speech = _inputs(model, train, settings.training_window, augment=settings.augment, seed=settings.seed)
+    base = _base(model, settings, prompts)
+    speech = _inputs(
+        model,
+        train,
+        settings.training_window,
+        augment=settings.augment,
+        seed=settings.seed,
+        prompts=None if base is None else prompts,
+    )
     us = team(model.device)
     work.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(work))
         parameters = stack.enter_context(trained(model, settings.freeze, settings.lora, settings.seed))
         stack.enter_context(_modes(model, settings))
+        if base is not None and not any(in_group("encoder", name, ()) for name in parameters):
+            base = replace(base, shares_encoder=True)
         state = _start(model, parameters, settings, peak, dtype)
         checkpoint = Checkpoint(work, about(settings, train, parameters), writes=us.first)
         if message := checkpoint.load(state):
             report({"message": message})
         log = stack.enter_context(Log(work, state.progress)) if us.first else None
         together = us.model(model, unused=_drops_layers(model.config))
-        run = _Run(model, together, settings, work, state, checkpoint, us, dtype, peak, log, report)
+        run = _Run(model, together, settings, work, state, checkpoint, us, dtype, peak, base, log, report)
         ready = stack.enter_context(contextlib.closing(_ready(speech, settings, state.progress.step, us)))
         clock = Clock(settings, state.progress)
         _train(run, ready, clock, measure, stop)
@@ -140,6 +155,7 @@ class _Run:
     us: Team
     dtype: torch.dtype
     peak: float
+    base: Base | None
     log: Log | None
     report: Report
 
@@ -223,7 +239,9 @@ def _loss(run: _Run, batch: Batch) -> float | None:
     settings, state = run.settings, run.state
     update.seed_step(settings.seed, state.progress.step, run.us.rank)
     try:
-        return update.gradient(run.model, run.together, batch, state, settings.label_smoothing, run.dtype, run.us)
+        return update.gradient(
+            run.model, run.together, batch, state, settings.label_smoothing, run.dtype, run.us, run.base
+        )
     except torch.OutOfMemoryError:
         return None
 
@@ -234,6 +252,16 @@ def _loss(run: _Run, batch: Batch) -> float | None:
 def _inputs(model: Any, examples: Sequence[Example], window: float | str, **options: Any) -> Inputs:
     # A copy of the config: the model's own changes inside `windowed`, while another thread computes features.
     return Inputs(examples, architecture_of(model), copy.deepcopy(model.config), window, **options)
+
+
+def _base(model: Any, settings: Finetune, prompts: Prompts | None) -> Base | None:
+    """A copy of the model as it starts, where it is to be held to that."""
+    if settings.preserve is None:
+        return None
+    if prompts is None:
+        raise ConfigError("finetune.preserve: nothing says here which other prompts there are, leave it out")
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return Base(frozen, settings.preserve.weight)
 
 
 @contextlib.contextmanager

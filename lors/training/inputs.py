@@ -21,12 +21,28 @@ from lors.training.augment import change_speed, spec_augment, speed_of
 from lors.training.batches import Draw, batches, draws, share
 from lors.training.examples import Example
 from lors.training.loss import decoder_inputs, label_rows
+from lors.training.preserve import Prompts
 from lors.training.settings import Augment
 
-__all__ = ["Batch", "Inputs", "Part", "ahead"]
+__all__ = ["Batch", "Inputs", "Others", "Part", "ahead"]
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """Other prompts and their texts, one for each utterance of a part."""
+
+    decoder_input_ids: Tensor
+    """(B, T)"""
+    labels: Tensor
+    """(B, T)"""
+
+    def split(self, count: int) -> list[Others]:
+        """So many consecutive parts of it."""
+        columns = (self.decoder_input_ids.tensor_split(count), self.labels.tensor_split(count))
+        return [Others(own, rows) for own, rows in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +55,8 @@ class Part:
     """(B, T)"""
     weight: float
     """0 where the process has no share of the batch and computes only to keep step with the others."""
+    others: Others | None = None
+    """What the same utterances are asked for beside, where the model is held to the base there."""
 
     def split(self, count: int) -> list[Part]:
         """At most so many consecutive parts of it, none empty."""
@@ -46,7 +64,8 @@ class Part:
         columns = [tensor.tensor_split(count) for tensor in self.inputs.values()]
         inputs = [dict(zip(self.inputs, tensors, strict=True)) for tensors in zip(*columns, strict=True)]
         labels = self.labels.tensor_split(count)
-        return [Part(own, rows, self.weight) for own, rows in zip(inputs, labels, strict=True)]
+        others = [None] * count if self.others is None else self.others.split(count)
+        return [Part(own, rows, self.weight, more) for own, rows, more in zip(inputs, labels, others, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +110,12 @@ class Inputs:
         *,
         augment: Augment | None = None,
         seed: int = 0,
+        prompts: Prompts | None = None,  # other prompts for the utterances, where the model is held to the base there
         kept_bytes: int = 2 << 30,  # of features, from one epoch to the next
     ) -> None:
         """Raises ConfigError where an utterance does not fit the window, or the model hears no spectrograms to mask."""
         self._examples, self._architecture, self._config = examples, architecture, config
-        self._setting, self._augment, self._seed = window, augment or Augment(), seed
+        self._setting, self._augment, self._seed, self._prompts = window, augment or Augment(), seed, prompts
         self._room = self._window(architecture.native_window(config))
         self._features = FeatureCache(architecture, config, kept_bytes)
         longest = max((e.utterance for e in examples), key=lambda utterance: utterance.seconds)
@@ -139,10 +159,17 @@ class Inputs:
         if (masks := self._augment.spec_augment) is not None:
             pairs = zip(piece, features, strict=True)
             features = [spec_augment(mel, masks, self._draw_seed(draw)) for draw, mel in pairs]
-        labels = label_rows([example.labels for example in examples])
         inputs = self._architecture.collate(self._config, features, window)
-        decoder = decoder_inputs(labels, self._config.decoder_start_token_id)
-        return Part({**inputs, "decoder_input_ids": decoder}, labels, weight)
+        decoder, labels = self._read_and_written([example.labels for example in examples])
+        others = None
+        if self._prompts is not None:
+            asked = [self._prompts.labels(self._examples[draw.index], self._draw_seed(draw)) for draw in piece]
+            others = Others(*self._read_and_written(asked))
+        return Part({**inputs, "decoder_input_ids": decoder}, labels, weight, others)
+
+    def _read_and_written(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:  # both (B, T)
+        labels = label_rows(rows)
+        return decoder_inputs(labels, self._config.decoder_start_token_id), labels
 
     def _batches(self, found: Sequence[Draw], batch_seconds: float, seed: str) -> list[list[Draw]]:
         return batches(found, {d: self._seconds(d) for d in found}, batch_seconds, self._window, random.Random(seed))

@@ -5,14 +5,14 @@ Shapes: B utterances, T tokens, V vocabulary. A Whisper writes 51865 logits a to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORED", "decoder_inputs", "label_rows", "token_loss"]
+__all__ = ["IGNORED", "decoder_inputs", "divergence", "label_rows", "token_loss"]
 
 IGNORED = -100
 # Rows that are in float32 at once: 64 of Whisper's are 13 MB.
@@ -74,3 +74,37 @@ class _TokenLoss(torch.autograd.Function):
             own *= gradient * (targets != IGNORED)[:, None]
             rows.copy_(own)
         return logits, None, None
+
+
+def divergence(
+    logits: Tensor,  # (B, T, V), of any float dtype; overwritten with its gradient in the backward pass
+    wanted: Tensor,  # (B, T, V), of any float dtype: without a gradient
+    labels: Tensor,  # (B, T), `IGNORED` where there is no token
+) -> Tensor:
+    """The sum over tokens of KL(softmax(wanted) || softmax(logits)), computed in float32: a scalar."""
+    found: Tensor = _Divergence.apply(logits.flatten(0, 1), wanted.flatten(0, 1), labels.flatten())  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
+        total = logits.new_zeros((), dtype=torch.float32)
+        for rows, own, targets in _split(logits, wanted, labels):
+            said, meant = rows.float().log_softmax(1), own.float().log_softmax(1)
+            total += (meant.exp() * (meant - said)).sum(1)[targets != IGNORED].sum()
+        ctx.save_for_backward(logits, wanted, labels)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, wanted, labels = ctx.saved_tensors
+        for rows, own, targets in _split(logits, wanted, labels):
+            difference = rows.float().softmax(1) - own.float().softmax(1)
+            rows.copy_(difference * gradient * (targets != IGNORED)[:, None])
+        return logits, None, None
+
+
+def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(tensor, _ROWS) for tensor in tensors), strict=True)

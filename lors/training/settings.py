@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from lors.settings import Section
+from lors.settings import Language, Section
 
-__all__ = ["LOG", "Augment", "Finetune", "Lora", "SpecAugment", "Validation"]
+__all__ = ["LOG", "Augment", "Finetune", "Lora", "Preserve", "SpecAugment", "Validation"]
 
 LOG = "train.jsonl"
 """A line a step, beside the expert."""
@@ -66,6 +66,19 @@ class Validation(Section):
     """The first so many utterances of the split; None takes all."""
 
 
+class Preserve(Section):
+    """Keep what the base writes under other prompts (learning without forgetting, Li and Hoiem 2016, section 3): each
+    utterance is also given the prompt of another task or language, and there the expert is held to the base by the
+    Kullback-Leibler divergence of its tokens. An expert that sees one prompt alone learns to write its language
+    whatever it is asked for, and such experts do not merge."""
+
+    weight: PositiveFloat = 1.0
+    """Of the divergence, beside the cross-entropy of the expert's own prompt."""
+    languages: tuple[Language, ...] = ()
+    """Whose prompts are taken beside the expert's own language, for half of the utterances; none: all that the base
+    knows. Where the experiment's languages are listed, one more language changes the training of all experts."""
+
+
 class Finetune(Section):
     """How each expert is trained (AdamW)."""
 
@@ -101,6 +114,13 @@ class Finetune(Section):
     """Decay of an exponential moving average of the weights, such as 0.999, which is what is validated and saved."""
     validation: Validation | None = None
     """Selection and early stopping; None trains to the end and keeps the last weights."""
+    tasks: Literal["own", "together"] = "own"
+    """own: an expert is trained on its own task. together: the experts of a language are one training on all its tasks,
+    with the updates of all of them, and one task vector: those of one language's tasks are what gets in each other's
+    way most."""
+    preserve: Preserve | None = None
+    """Hold experts to the base under other prompts, so that they merge; `{}` takes the defaults. The baselines are
+    trained without."""
     augment: Augment = Augment()
     """Changes to the training speech."""
     sampling_temperature: Annotated[float, Field(ge=1)] = 1.0
@@ -115,6 +135,12 @@ class Finetune(Section):
     """torch.compile: worth its minutes of compiling in long trainings on GPUs."""
     seed: NonNegativeInt = 0
     """Of the order of the batches and of all that is drawn; the same for all experts."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a training depends on beside its parts, JSON values; what is new since the first release is left out
+        where it is not set, so that what was trained before is found again."""
+        left_out = {"tasks"} if self.preserve is not None else {"tasks", "preserve"}
+        return self.model_dump(mode="json", exclude=left_out)
 
     @property
     def training_window(self) -> float | str:

@@ -16,8 +16,9 @@ from lors.speech.architecture import architecture_of
 from lors.training.checkpoint import State
 from lors.training.distributed import Team
 from lors.training.inputs import Batch, Part
-from lors.training.loss import token_loss
+from lors.training.loss import divergence, token_loss
 from lors.training.precision import require_scale
+from lors.training.preserve import Base
 from lors.training.weights import update_average
 
 __all__ = [
@@ -64,6 +65,7 @@ def gradient(
     smoothing: float,
     dtype: torch.dtype,
     us: Team,
+    base: Base | None = None,  # what the model is held to under other prompts
 ) -> float:
     """The mean loss a token of the whole batch; its gradient is left in the parameters, scaled by `state.scaler`.
 
@@ -72,21 +74,34 @@ def gradient(
     state.optimizer.zero_grad(set_to_none=True)
     device, architecture = model.device, architecture_of(model)
     total = torch.zeros((), device=device)
-    with architecture.windowed(model, batch.window):
+    with contextlib.ExitStack() as stack:
+        for one in (model,) if base is None else (model, base.model):
+            stack.enter_context(architecture.windowed(one, batch.window))
         for number, part in enumerate(batch.parts, 1):
             with us.alone(together) if number < len(batch.parts) else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = part.weight * part_loss(together, part, smoothing, device)
+                    loss = part.weight * part_loss(together, part, smoothing, device, base)
                 # DDP takes the mean over the processes.
                 state.scaler.scale(loss * (us.size / batch.tokens)).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
     return us.sum(float(total)) / batch.tokens
 
 
-def part_loss(model: Any, part: Part, smoothing: float, device: torch.device) -> Tensor:
-    """The sum over tokens of a part's losses."""
+def part_loss(model: Any, part: Part, smoothing: float, device: torch.device, base: Base | None = None) -> Tensor:
+    """The sum over tokens of a part's losses; with a `base` also of how far the model is from it under other prompts,
+    for which the encoder's output is taken again."""
     inputs = {name: tensor.to(device) for name, tensor in part.inputs.items()}
-    return token_loss(model(**inputs, use_cache=False).logits, part.labels.to(device), smoothing)
+    out = model(**inputs, use_cache=False)
+    loss = token_loss(out.logits, part.labels.to(device), smoothing)
+    if base is None or part.others is None:
+        return loss
+    asked = {"decoder_input_ids": part.others.decoder_input_ids.to(device), "use_cache": False}
+    heard = (out.encoder_last_hidden_state,)
+    with torch.no_grad():
+        given = {"encoder_outputs": heard} if base.shares_encoder else inputs
+        wanted = base.model(**{**given, **asked}).logits
+    written = model(encoder_outputs=heard, **asked).logits
+    return loss + base.weight * divergence(written, wanted, part.others.labels.to(device))
 
 
 def clipped_norm(state: State, largest: float) -> float:

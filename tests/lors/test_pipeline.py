@@ -214,6 +214,41 @@ def test_a_language_more_costs_its_own_work_and_the_merge(make: Make, store: Sto
     assert to_run(make(), store) == expected
 
 
+def test_the_tasks_of_a_language_together_are_one_training_and_one_task_vector(make: Make, store: Store) -> None:
+    finetune = {"steps": 10, "tasks": "together"}
+    steps, keys = build_steps(make(finetune=finetune), store), finish(make(finetune=finetune), store)
+    trained = steps["fine-tune es-transcribe"].settings
+    assert trained["parts"] == [["es", "transcribe"], ["es", "translate"]]
+    assert trained["finetune"]["steps"] == 20
+    for what in ("fine-tune", "extract", "prune"):
+        assert keys[f"{what} es-transcribe"] == keys[f"{what} es-translate"] != keys[f"{what} fr-transcribe"]
+    assert keys["evaluate expert es-transcribe"] != keys["evaluate expert es-translate"]
+    for name in ("combine lors", "combine task_arithmetic", "diagnose experts"):
+        assert set(steps[name].inputs) == {"es-transcribe", "fr-transcribe"}
+    alone = finish(make(finetune={"steps": 10}), store)
+    assert keys["fine-tune es-transcribe"] != alone["fine-tune es-transcribe"]
+
+
+def test_experts_that_are_trained_together_are_searched_as_one(make: Make, store: Store) -> None:
+    scaling = {"search": [0.5], "per": "expert", "factors": [2.0]}
+    steps = build_steps(make(finetune={"tasks": "together"}, merge={"scaling": scaling}), store)
+    searched = {step.settings.get("coordinate") for step in steps.values() if step.stage == "score_scaling"}
+    assert searched == {None, "es-transcribe", "fr-transcribe"}
+
+
+def test_only_experts_are_held_to_the_base(make: Make, store: Store) -> None:
+    held, baselines = {"preserve": {"weight": 2.0}}, {"baselines": ["multitask", "sequential"]}
+    before = finish(make(**baselines), store)
+    again = to_run(make(finetune=held, **baselines), store)
+    assert {name for name in again if name.startswith("fine-tune")} == {f"fine-tune {expert}" for expert in EXPERTS}
+    assert not any("preserve" in step.settings["finetune"] for step in build_steps(make(), store).values()
+                   if step.stage == "fine_tune")  # fmt: skip
+    assert changed(before, finish(make(finetune=held, **baselines), store)) >= {f"prune {e}" for e in EXPERTS}
+    more = to_run(make(finetune=held, languages=["es", "fr", "de"], **baselines), store)
+    own = {f"fine-tune {name}" for name in ("de-transcribe", "de-translate", "sequential de", "multitask")}
+    assert {name for name in more if name.startswith("fine-tune")} == own
+
+
 def evaluated(system: str, *languages: str) -> set[str]:
     return {f"evaluate {system} {language}" for language in languages}
 

@@ -46,6 +46,14 @@ def examples(count: int = 12) -> list[Example]:
     return found
 
 
+class OtherPrompts:
+    """As `lors.training.preserve.Prompts`, for `examples`: another second token, and a text that the seed decides."""
+
+    def labels(self, example: Example, seed: str) -> tuple[int, ...]:
+        first, _, *text = example.labels
+        return (first, 39, *text[: 2 + len(seed) % 3], 0)
+
+
 def settings(**changes: Any) -> Finetune:
     return Finetune(**{"steps": 12, "learning_rate": 3e-3, "batch_seconds": 8.0, **changes})
 
@@ -125,7 +133,9 @@ def together(
 
     with stop_on_sigterm() as stopped:
         own = Finetune(**settings)
-        result = fine_tune(model, examples(), examples(3), own, Path(work) / "training", report, stop=stop)
+        result = fine_tune(
+            model, examples(), examples(3), own, Path(work) / "training", report, prompts=OtherPrompts(), stop=stop
+        )
     if distributed.rank() == 0:
         save_file({name: value.clone() for name, value in model.named_parameters()}, out)
     return result

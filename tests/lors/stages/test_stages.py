@@ -100,6 +100,16 @@ def test_one_training_on_several_languages_and_tasks_validates_each(tmp_path: Pa
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+def test_an_expert_is_held_to_the_base_under_the_prompts_of_other_languages(tmp_path: Path) -> None:
+    """The prompts are the same in each run, and the expert is another one than without them."""
+    held = {"preserve": {"weight": 3.0, "languages": ["es", "it"]}}
+    out, *_ = trained(tmp_path, ["es"], finetune=held)
+    again, *_ = trained(tmp_path, ["es"], finetune=held)
+    free, *_ = trained(tmp_path, ["es"])
+    bytes_of = [(folder_ / "model.safetensors").read_bytes() for folder_ in (out, again, free)]
+    assert bytes_of[0] == bytes_of[1] != bytes_of[2]
+
+
 def test_the_encoder_s_positions_are_never_trained(tmp_path: Path) -> None:
     """They are sinusoids, which a window of the native length would train."""
     out, *_ = trained(tmp_path, ["es"], finetune={"window": 30.0, "batch_seconds": 40})

@@ -13,7 +13,7 @@ import pytest
 import torch
 from processes import within
 from safetensors.torch import load_file
-from training_jobs import assert_same, examples, log_of, settings, steps_of, tiny_model
+from training_jobs import OtherPrompts, assert_same, examples, log_of, settings, steps_of, tiny_model
 
 from lors.errors import ConfigError, StepFailedError
 from lors.training import distributed
@@ -23,7 +23,7 @@ from lors.training.finetune import fine_tune
 LAYERS = {"encoder_layers": 2, "decoder_layers": 2}
 SETTINGS = {
     "batch_seconds": 9.0, "accumulate": 2, "ema": 0.9, "validation": {"every": 4, "metric": "loss"},
-    "augment": {"speed": [0.9, 1.1]},
+    "augment": {"speed": [0.9, 1.1]}, "preserve": {"weight": 0.5},
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_two_processes_train_the_model_of_one(
     """With parts, an average and validations; the batches hold 1 to 6 utterances, so shares are uneven or empty."""
     two, result, events = undisturbed
     model = tiny_model(**LAYERS)
-    expected = fine_tune(model, examples(), examples(3), settings(**SETTINGS), tmp_path)
+    expected = fine_tune(model, examples(), examples(3), settings(**SETTINGS), tmp_path, prompts=OtherPrompts())
     found = load_file(two / "out.safetensors")
     assert found.keys() == dict(model.named_parameters()).keys()
     for name, tensor in model.named_parameters():
