@@ -2,7 +2,7 @@
 
     python -m flows.prefect_server prefect server start
 
-Python collects cycles in the thread that allocates, in a server that of the event loop. A cursor that a failed statement
+Python collects cycles in the thread that allocates, in a server that of the event loop. A cursor that an ended request
 left in a cycle is reset there, which waits for its SQLite connection; that may be waiting, in its own thread, for the
 write lock; whose holder waits for the event loop. So all stands still until SQLite gives up after 60 s (`py-spy dump
 --native` has shown gc_collect_main, cursor_dealloc, sqlite3_reset and pthread_mutex_lock on the main thread, and
