@@ -223,7 +223,7 @@ def test_figures_of_pairs_equal_numpys(base):
     space = at(found.subspaces, "tensor", name=name)
     assert space.left_overlap == pytest.approx(np.square(u1.T @ u2).sum() / 2, abs=1e-5)
     assert space.right_overlap == pytest.approx(np.square(v1 @ v2.T).sum() / 2, abs=1e-5)
-    assert [space.left_chance, space.right_chance] == [2 / 8, 2 / 5]
+    assert [space.left_chance, space.right_chance] == pytest.approx([2 / 8, 2 / 5])
     angles = np.degrees(scipy.linalg.subspace_angles(u1, u2))
     assert [space.left_angle, space.left_smallest] == pytest.approx([np.median(angles), angles.min()], abs=1e-2)
     shared = np.linalg.norm(u1.T @ (u2 * s2 @ v2) @ v1.T) + np.linalg.norm(u2.T @ (u1 * s1 @ v1) @ v2.T)
