@@ -6,9 +6,11 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -36,12 +38,35 @@ for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "LORS_CHECKPOINT_SECONDS"):
     os.environ.pop(name, None)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`pytest -n 2 --dist loadgroup`), a file's tests share a process, and so do all that use `done`."""
-    for item in items:
-        group = "done" if "done" in getattr(item, "fixturenames", ()) else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+_THREADS = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture(autouse=True)
+def _own_threads() -> Iterator[None]:
+    """Steps that a test computes in this process set its threads. With more of them than free cores, all that comes
+    after would spin in OpenMP's barriers, ten times as slow."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None and torch.get_num_threads() != _THREADS:
+        torch.set_num_threads(_THREADS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
+    """Side by side, a file's tests share a process, and so do all files that use `done`, which takes long to make.
+
+    (xdist 3.8's own groups are suffixes of test names, which pytest 9.2 does not take.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    tests = Path(__file__).parent
+    done = {file for file in tests.rglob("test_*.py") if "done: Done" in file.read_text("utf-8")}
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "done" if tests.parent / file in done else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -259,7 +259,7 @@ def test_a_deleted_output_is_written_again_from_the_store(done: Done) -> None:
     after = {path.relative_to(experiment.output): path.read_bytes() for path in files_of(experiment.output)}
     assert after.keys() == before.keys()
     changed = {str(path) for path in after if after[path] != before[path]}
-    assert changed <= {"report.html", "summary.json", "version.json"}
+    assert changed <= {".lock", "report.html", "summary.json", "version.json"}
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -30,8 +30,6 @@ from lors.s3_mirror import _CHECKPOINT, Mirror
 from lors.s3_store import S3Store, open_store
 from lors.store import Artifact, Store, step_key
 
-pytestmark = pytest.mark.xdist_group("s3")
-
 STEP: dict[str, Any] = {"version": 1, "settings": {"rank_ratio": 0.1}, "inputs": {"base": "ab"}}
 KEY = step_key("prune", **STEP)
 FILES = {"model.safetensors": b"weights" * 100, "logs/a.json": b"{}", "empty": b""}

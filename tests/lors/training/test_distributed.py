@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -84,7 +85,9 @@ def test_whatever_ends_them_they_resume_exactly(
 
     with pytest.raises(StepFailedError) as dead:
         train(tmp_path, die=2)
-    assert str(dead.value).startswith("training_jobs:together lost process 2 of 2 (killed: out of memory?)")
+    # torchrun ends the other one, on a busy machine before that has told what it met.
+    known = r"lost process 2 of 2 \(killed: out of memory\?\)|ended its processes with exit code 1"
+    assert re.match(f"training_jobs:together ({known})", str(dead.value))
     assert str(dead.value).endswith("; run the same command again to resume.")
     assert "\n" not in str(dead.value)
     assert not ours(tmp_path)

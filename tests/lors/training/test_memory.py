@@ -98,7 +98,13 @@ def test_several_processes_end_in_a_sentence() -> None:
         state = finetune._start(model, parameters, OWN, 1e-3, torch.float32)
         speech = finetune._inputs(model, examples(), "auto")
         run: Any = SimpleNamespace(
-            model=model, together=model, settings=OWN, state=state, us=Team(1, 2, model.device), dtype=torch.float32
+            model=model,
+            together=model,
+            settings=OWN,
+            state=state,
+            us=Team(1, 2, model.device),
+            dtype=torch.float32,
+            base=None,
         )
         with pytest.raises(TrainingError, match="the share of step 1 of one of 2 processes does not fit in the memory"):
             finetune._gradient(run, speech.batch(speech.once(4.0)[0]))
