@@ -512,6 +512,8 @@ def main() -> int:
                     row.note = str(error)
                 for wrong in row.wrong:
                     print(f"  WRONG {wrong}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            print("stopped; the table has what was done", file=sys.stderr, flush=True)
         finally:
             bench.down()
     print("| fault | trials | kills | right at the end | ended in a sentence | wrong | unnoticed, s | |")
