@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ class Bench:
         for name in ("lors-gpu-0", "lors-gpu-1"):
             try:
                 found += self.service(name).children()
-            except psutil.NoSuchProcess:
+            except psutil.Error:
                 continue
         return found
 
@@ -213,7 +213,7 @@ class Bench:
             for process in psutil.process_iter():
                 try:
                     if process.environ().get("LORS_FAULTS") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                        found.append(" ".join(process.cmdline())[:100])
+                        found.append(_command(process)[:100])
                 except psutil.Error:
                     continue
             if not found:
@@ -254,14 +254,13 @@ class Bench:
                 if not run.until(trial.training):
                     break
                 time.sleep(self.rng.uniform(0.0, 1.0))
-                children = [
-                    c for c in psutil.Process(run.process.pid).children() if "lors.isolate" in " ".join(c.cmdline())
-                ]
+                children = [c for c in psutil.Process(run.process.pid).children() if "lors.isolate" in _command(c)]
                 if not children:
                     break
                 at = time.monotonic()
-                self.rng.choice(children).kill()
-                row.kills += 1
+                with suppress(psutil.Error):
+                    self.rng.choice(children).kill()
+                    row.kills += 1
                 if run.until(lambda run=run, at=at: run.said("trying again", "lors:", after=at) is not None, 30):
                     row.unnoticed.append((run.said("trying again", "lors:", after=at) or at) - at)
             row.times += 1
@@ -280,8 +279,9 @@ class Bench:
                 if not found or run.process.poll() is not None:
                     break
                 at = time.monotonic()
-                self.rng.choice(found).kill()
-                row.kills += 1
+                with suppress(psutil.Error):
+                    self.rng.choice(found).kill()
+                    row.kills += 1
                 if run.until(lambda run=run, at=at: run.said("trying again", after=at) is not None, 60):
                     row.unnoticed.append((run.said("trying again", after=at) or at) - at)
             row.times += 1
@@ -341,13 +341,15 @@ class Bench:
             stopped += [process, *process.children(recursive=True)]
         at = time.monotonic()
         for process in stopped:
-            process.suspend()
+            with suppress(psutil.Error):
+                process.suspend()
         if run.until(lambda: run.said("trying again", after=at) is not None, 300):
             row.unnoticed.append((run.said("trying again", after=at) or at) - at)
         # The hung runs hold their workers' places, as a hung GPU would: what a person does is to end them, later.
         time.sleep(5)
         for process in stopped:
-            process.resume()
+            with suppress(psutil.Error):
+                process.resume()
         row.times += 1
         trial.finish(row, "workers", run)
 
@@ -450,6 +452,13 @@ class Bench:
             moved.write_text(shift + "\n")
             row.times += 1
             trial.finish(row, run=run)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it ended meanwhile
+        return ""
 
 
 @contextmanager
