@@ -432,7 +432,7 @@ class Bench:
             summaries = [json.loads((trial.folder / name / "summary.json").read_text()) for name in ("out", "other")]
             states = [{s["name"]: s["state"] for s in one["steps"]} for one in summaries]
             twice = [n for n in states[0] if n.startswith("fine-tune") and states[0][n] == states[1][n] == "run"]
-            if twice:
+            if twice and on == "local":  # of workers both say so, who waited for one training
                 row.wrong.append(f"{trial.mark}: trained twice: {twice}")
 
     def clock(self, row: Row, kills: int) -> None:
@@ -523,6 +523,8 @@ def main() -> int:
                     print(f"  WRONG {wrong}", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             print("stopped; the table has what was done", file=sys.stderr, flush=True)
+            for wrong in bench.rows[-1].wrong if bench.rows else []:
+                print(f"  WRONG {wrong}", file=sys.stderr, flush=True)
         finally:
             bench.down()
     print("| fault | trials | kills | right at the end | ended in a sentence | wrong | unnoticed, s | |")
