@@ -42,6 +42,8 @@ def prepare(store: Path) -> None:
         "DO_NOT_TRACK": "1",
         # The command line shows progress and errors itself; Prefect's log of each step goes to the API and its UI.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        # Its own services have a handler of their own, and tracebacks where a server goes away.
+        "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
     }
     if not os.environ.get("PREFECT_API_URL"):
         # The ephemeral server is stopped with its last writes under way and would print their tracebacks.
