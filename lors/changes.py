@@ -14,6 +14,7 @@ from lors.config import Experiment, load_experiment, parse_experiment
 from lors.errors import ConfigError, InputError
 from lors.settings import nearest
 from lors.store import storage_errors, write_text
+from lors.versions import product_of
 
 __all__ = ["CANDIDATE", "TOLERANCE", "Change", "compare_outputs", "with_language", "without_language"]
 
@@ -74,9 +75,11 @@ def without_language(file: Path, language: str) -> Change:
         if language in names:
             names.remove(language)
     corpora, merge = data.get("corpora", {}), data.get("merge", {})
-    for section in (corpora.get("overrides") or {}, data.get("corpora_of") or {}, merge.get("weights") or {}):
-        for name in (language, f"{language}-transcribe", f"{language}-translate"):
-            section.pop(name, None)
+    for name in (language, f"{language}-transcribe", f"{language}-translate"):
+        (merge.get("weights") or {}).pop(name, None)
+    if language not in before.held:
+        for section in (corpora.get("overrides") or {}, data.get("corpora_of") or {}):
+            section.pop(language, None)
     return _change(file, before, data)
 
 
@@ -136,8 +139,8 @@ def _scores(output: Path) -> dict[tuple[str, str], float]:
     )
     found: dict[tuple[str, str], list[float]] = {}
     for folder in folders:
-        method = read_json(folder / "summary.json")["experiment"]["merge"].get("method", "lors")
+        product = product_of(read_json(folder / "summary.json")["experiment"])
         rows = main_rows(load_results(folder))
-        for row in rows[rows.system == method].itertuples():
-            found.setdefault((str(row.language), str(row.metric)), []).append(float(row.value))
+        for row in rows[rows.system == product].to_dict("records"):
+            found.setdefault((row["language"], row["metric"]), []).append(float(row["value"]))
     return {name: sum(values) / len(values) for name, values in found.items()}

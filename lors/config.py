@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import pydantic
 import yaml
@@ -28,16 +28,22 @@ from lors.speech.corpora.settings import (
 from lors.training.settings import Finetune
 
 __all__ = [
+    "TOUCHED_UP",
     "Evaluate",
     "Experiment",
     "Expert",
     "Merge",
     "Resources",
     "ScalingSearch",
+    "TouchUp",
     "load_experiment",
     "parse_experiment",
     "put",
 ]
+
+
+TOUCHED_UP: Final = "touched_up"
+"""The system of `merge.touch_up`."""
 
 
 class ScalingSearch(Section):
@@ -60,6 +66,15 @@ class ScalingSearch(Section):
     tasks; loss the mean of the teacher-forced cross-entropies; the others that metric's mean over the languages."""
 
 
+class TouchUp(Section):
+    """A short training of the merged model on all languages and tasks together, as a system of its own."""
+
+    steps: PositiveInt
+    """Updates of the weights, of batches that are drawn from all languages and tasks."""
+    learning_rate: PositiveFloat | None = None
+    """The peak; None: that of `finetune`."""
+
+
 class Merge(Section):
     """How the task vectors become one."""
 
@@ -75,6 +90,9 @@ class Merge(Section):
     """Parameters by method, as in `{ties: {density: 0.1}}`; also of the methods of `compare`."""
     groups: dict[str, Group] = {}
     """Other settings for named groups of parameters (`lors merge --list`) or glob patterns; a later group wins."""
+    touch_up: TouchUp | None = None
+    """Train what `method` merged a little further, on all languages and tasks: the system `touched_up`, which is then
+    the model that is written. All else is as in `finetune`."""
 
     @field_validator("method")
     @classmethod
@@ -262,7 +280,7 @@ class Experiment(Section):
             raise ValueError(f"sequence must name each of the languages once: {', '.join(self.languages)}")
         for name, settings in (("corpora.overrides", self.corpora.overrides), ("corpora_of", self.corpora_of)):
             for language in settings:
-                if language not in self.spoken:
+                if language not in self.heard:
                     raise ValueError(f"{name} names {language!r}, which is not among the languages")
         for language, corpora in self.corpora_of.items():
             if corpora.overrides:
@@ -302,7 +320,7 @@ class Experiment(Section):
     def _check_paths(self) -> None:
         """That each (language, split) has a place of its own."""
         owners: dict[tuple[str, str], str] = {}
-        for language in self.spoken:
+        for language in self.heard:
             corpora = self.speech_of(language)
             key = f"corpora_of.{language}.path" if language in self.corpora_of else "corpora.path"
             path = getattr(corpora, "path", None)
@@ -328,8 +346,18 @@ class Experiment(Section):
 
     @property
     def spoken(self) -> tuple[str, ...]:
-        """All languages that speech is needed of: those with experts, then the guards."""
+        """All languages that are scored: those with experts, then the guards."""
         return (*self.languages, *self.evaluate.guard)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The languages on whose speech the experts of others are held to the base."""
+        return () if self.finetune.preserve is None else self.finetune.preserve.speech
+
+    @property
+    def heard(self) -> tuple[str, ...]:
+        """All languages that speech is needed of."""
+        return tuple(dict.fromkeys((*self.spoken, *self.held)))
 
     def speech_of(
         self, language: str
@@ -357,6 +385,11 @@ class Experiment(Section):
     def systems(self) -> tuple[str, ...]:
         """The merged systems: the method of `merge`, then those of `compare`."""
         return tuple(dict.fromkeys((self.merge.method, *self.compare)))
+
+    @property
+    def product(self) -> str:
+        """The system whose model is written."""
+        return self.merge.method if self.merge.touch_up is None else TOUCHED_UP
 
     def recipe(self, method: str) -> Recipe:
         """How a method merges here: its parameters, LoRS as in `prune`, the groups of `merge`."""

@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from lors.config import Experiment
+from lors.config import TOUCHED_UP, Experiment
 from lors.errors import InputError, LorsError
 from lors.model_folder import read_json
-from lors.pipeline import Step
+from lors.pipeline import Step, split_name
 from lors.store import Artifact, Store, file_digest, storage_errors, write_json
 from lors.sweep import Variant, sweep_table
 from lors.training.settings import LOG
@@ -61,8 +61,9 @@ def publish(
     `how` says what made the new one. Without `models`, no merged model, no compact experts and no version.
     """
     output, method = experiment.output, experiment.merge.method
+    product = artifacts["touch up" if experiment.product == TOUCHED_UP else f"write {method}"]
     if models:
-        keep_current(output, artifacts[f"write {method}"].digest)
+        keep_current(output, product.digest)
     scores = store.path(artifacts["score systems"])
     common = publish_scores(output, steps, artifacts, computed, store, seconds=seconds)
     with storage_errors(output):
@@ -71,7 +72,7 @@ def publish(
             for expert in experiment.experts
             if (step := f"prune {expert.id}") in steps
         }
-        written = store.path(artifacts[f"write {method}"])
+        written = store.path(product)
         sizes = {
             "model": sum(path.stat().st_size for path in written.glob("*.safetensors")),
             "experts": {name.removesuffix(".safetensors"): path.stat().st_size for name, path in experts.items()},
@@ -81,7 +82,7 @@ def publish(
             _copy(path, output / "experts" / name, store)
         _prune_folder(output / "experts", set(kept))
         if models:
-            _publish_model(store, artifacts[f"write {method}"], output / "model", _card(experiment, scores))
+            _publish_model(store, product, output / "model", _card(experiment, scores))
         settings = yaml.safe_dump(experiment.model_dump(mode="json", exclude_unset=True), sort_keys=False)
         (output / "experiment.yaml").write_text(settings, "utf-8")
         (output / "training.csv").write_text(_training(steps, artifacts, store), "utf-8")
@@ -91,7 +92,7 @@ def publish(
             (output / "diagnosis.json").unlink(missing_ok=True)
         summary = {
             **common,
-            "model": f"{method}, in model/" if models else None,
+            "model": f"{experiment.product}, in model/" if models else None,
             "sizes": sizes,
             "scaling": artifacts[f"select scaling {method}"].summary["scaling"],
             "curves": {
@@ -138,7 +139,9 @@ def publish_scores(
     corpora: dict[str, dict[str, Any]] = {}
     for name, step in steps.items():
         if step.stage == "prepare_split":
-            corpora.setdefault(step.settings["language"], {})[step.settings["split"]] = artifacts[name].summary
+            language, split = step.settings["language"], step.settings["split"]
+            if name == split_name(language, split):
+                corpora.setdefault(language, {})[split] = artifacts[name].summary
     return {
         **summary,
         "seconds": seconds,
@@ -191,7 +194,7 @@ def _training(steps: Mapping[str, Step], artifacts: Mapping[str, Artifact], stor
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("model", *_TRAINING))
     for name, step in steps.items():
-        if step.stage == "fine_tune":
+        if step.stage in ("fine_tune", "touch_up"):
             log = (store.path(artifacts[name]) / LOG).read_text("utf-8")
             for entry in map(json.loads, log.splitlines()):
                 table.writerow((name.removeprefix("fine-tune "), *(entry.get(column) for column in _TRAINING)))
@@ -205,8 +208,8 @@ def _card(experiment: Experiment, scores: Path) -> Callable[[str], str]:
 
     summary, results = read_json(scores / "summary.json"), load_results(scores)
     corpus = {language: experiment.speech_of(language).source for language in experiment.spoken}
-    method = experiment.merge.method
-    return lambda card: card_with_results(card, summary, results, model_name=method, corpus=corpus)
+    product = experiment.product
+    return lambda card: card_with_results(card, summary, results, model_name=product, corpus=corpus)
 
 
 def _copy(source: Path, target: Path, store: Store) -> None:

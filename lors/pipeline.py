@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lors.config import Evaluate, Experiment, Expert
+from lors.config import TOUCHED_UP, Evaluate, Experiment, Expert, TouchUp
 from lors.errors import ConfigError, InputError
 from lors.isolate import Slots
 from lors.merging.recipe import Recipe
@@ -35,6 +35,7 @@ from lors.speech.corpora.sources import describe
 from lors.speech.corpus import SPLITS
 from lors.starter import MODEL_FOLDER
 from lors.store import Artifact, Memo, Store, file_digest, step_key
+from lors.training.settings import Finetune
 
 __all__ = [
     "VERSIONS",
@@ -55,6 +56,7 @@ __all__ = [
     "run_step",
     "scoring_steps",
     "sources_of",
+    "split_name",
 ]
 
 VERSIONS = {
@@ -67,6 +69,7 @@ VERSIONS = {
     "score_scaling": 3,
     "select_scaling": 2,
     "write_model": 3,
+    "touch_up": 1,
     "evaluate_model": 2,
     "score_comet": 1,
     "score_systems": 3,
@@ -179,7 +182,7 @@ def build_steps(experiment: Experiment, store: Store, sources: Sources | None = 
     """
     kept = None if sources is None or sources.base is None else Artifact.from_json(sources.base)
     base = resolve_base(experiment.base) if kept is None else store.path(kept)
-    native = check_base(base, experiment.base, experiment.spoken, experiment.tasks)
+    native = check_base(base, experiment.base, experiment.heard, experiment.tasks)
     splits = {} if sources is None else sources.splits
     builder = _Builder(experiment, str(base), model_digest(base, store.memo), native, store, splits)
     builder.build()
@@ -209,9 +212,23 @@ def model_digest(folder: Path, memo: Memo) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def prepare_step(experiment: Experiment, language: str, split: str, native: float, store: Store) -> Step:
-    """The step that makes one split, for a base with a `native` window in seconds; raises InputError as the source."""
+def split_name(language: str, split: str, first: int | None = None) -> str:
+    """The name of the step that makes a split, or its first utterances, on which other languages' experts are held."""
+    return f"prepare {language} {split}" if first is None else f"prepare {language} held"
+
+
+def prepare_step(
+    experiment: Experiment,
+    language: str,
+    split: str,
+    native: float,  # the base's window in seconds
+    store: Store,
+    first: int | None = None,  # so many utterances alone
+) -> Step:
+    """The step that makes one split; raises InputError as the source."""
     corpora = experiment.speech_of(language)
+    if first is not None:
+        corpora = corpora.first(split, first)
     source = describe(corpora, language, split, store.memo)
     settings: dict[str, Any] = {
         "language": language,
@@ -223,7 +240,7 @@ def prepare_step(experiment: Experiment, language: str, split: str, native: floa
         **source.settings,
     }
     return Step(
-        f"prepare {language} {split}",
+        split_name(language, split, first),
         "prepare_split",
         settings,
         outside=source.outside,
@@ -346,6 +363,8 @@ class _Builder:
                 evaluate(method, self.merge(recipe, pruned, corpora))
             else:
                 evaluate(method, self.merge(recipe, merged, corpora))
+        if (touch_up := experiment.merge.touch_up) is not None:
+            evaluate(TOUCHED_UP, self.touch_up(touch_up, corpora))
         self.steps |= scoring_steps(evaluations, experiment, self.store.memo)
         if experiment.diagnose:
             inputs = {expert.id: Source(vector) for expert, vector in merged.items()}
@@ -355,14 +374,14 @@ class _Builder:
         """The steps that make a language's splits."""
         return {split: self.prepare_split(language, split) for split in SPLITS}
 
-    def prepare_split(self, language: str, split: str) -> str:
-        name = f"prepare {language} {split}"
+    def prepare_split(self, language: str, split: str, first: int | None = None) -> str:
+        name = split_name(language, split, first)
         if (known := self.splits.get(name)) is not None:
             if (known.settings.get("language"), known.settings.get("split")) != (language, split):
                 raise InputError(f"sources.splits: what {name!r} holds is of another language or split")
             step = Step(name, "prepare_split", known.settings, outside=known.outside, language=language)
         else:
-            step = prepare_step(self.experiment, language, split, self.native, self.store)
+            step = prepare_step(self.experiment, language, split, self.native, self.store, first)
         self.steps[step.name] = step
         return step.name
 
@@ -383,9 +402,30 @@ class _Builder:
             longer["preserve"] = None  # it is merged with nothing
         if finetune.max_hours is not None:
             longer["max_hours"] = updates * finetune.max_hours
+        return self._train(name, "fine_tune", finetune.model_copy(update=longer), parts, corpora, start, **about)
+
+    def touch_up(self, own: TouchUp, corpora: Mapping[str, Corpus]) -> str:
+        """The merged model, trained further on all languages and tasks."""
+        changes: dict[str, Any] = {"steps": own.steps, "max_hours": None, "lora": None}
+        if own.learning_rate is not None:
+            changes["learning_rate"] = own.learning_rate
+        finetune = self.experiment.finetune.model_copy(update=changes)
+        start = f"write {self.experiment.merge.method}"
+        return self._train("touch up", "touch_up", finetune, self.experiment.experts, corpora, start)
+
+    def _train(
+        self,
+        name: str,
+        stage: str,
+        finetune: Finetune,
+        parts: Sequence[Expert],
+        corpora: Mapping[str, Corpus],
+        start: str | None,
+        **about: Any,
+    ) -> str:
         settings: dict[str, Any] = {
             "parts": [[part.language, part.task] for part in parts],
-            "finetune": finetune.model_copy(update=longer).identity(),
+            "finetune": finetune.identity(),
         }
         if finetune.validation is not None and finetune.validation.metric == "score":
             own = self.experiment.evaluate
@@ -395,12 +435,18 @@ class _Builder:
             for language in dict.fromkeys(part.language for part in parts)
             for split in ("train", "validation")
         }
+        if finetune.preserve is not None:
+            # A step of their own: where a corpus grows, its first utterances, and so other languages' experts, stay.
+            for language in finetune.preserve.speech:
+                if all(part.language != language for part in parts):
+                    step = self.prepare_split(language, "train", finetune.preserve.utterances)
+                    inputs[f"held-{language}"] = _parquet({"train": step}, "train")
         if start is not None:
             inputs["start"] = Source(start, _MODEL)
         where: dict[str, Any] = self.on_base if start is None else {"places": {}}
         if (curves := self.experiment.resources.tensorboard) is not None:
             where["places"]["tensorboard"] = str((curves / name.removeprefix("fine-tune ")).absolute())
-        return self.add(name, "fine_tune", settings, inputs=inputs, **where, **about)
+        return self.add(name, stage, settings, inputs=inputs, **where, **about)
 
     def expert(self, expert: Expert, corpora: Mapping[str, Corpus]) -> str:
         about: dict[str, Any] = {"language": expert.language, "task": expert.task}
@@ -573,7 +619,7 @@ def plan(steps: Mapping[str, Step], store: Store) -> list[PlannedStep]:
 
 
 # Each model and each training has its child to itself: its memory is given back, its crash is its own.
-_OWN_PROCESS = {"fine_tune"}
+_OWN_PROCESS = {"fine_tune", "touch_up"}
 
 
 def run_step(

@@ -20,11 +20,21 @@ from typing import Any
 
 import yaml
 
+from lors.config import TOUCHED_UP
 from lors.errors import CheckpointError, InputError
 from lors.settings import nearest
 from lors.store import file_digest, storage_errors, sync_to_disk, write_json
 
-__all__ = ["KEEP", "describe", "history", "keep_current", "record_current", "rollback", "swap_folder"]
+__all__ = [
+    "KEEP",
+    "describe",
+    "history",
+    "keep_current",
+    "product_of",
+    "record_current",
+    "rollback",
+    "swap_folder",
+]
 
 KEEP = 10
 """Versions kept beside the current one; older ones are removed."""
@@ -34,6 +44,12 @@ _NAME = re.compile(r"v[1-9][0-9]{0,8}")
 _FOLDERS = ("model", "experts", "hypotheses")
 _EXPERIMENT, _FILES, _SUMMARY, _VERSION = "experiment.yaml", "files.json", "summary.json", "version.json"
 _SCORES = ("recovery", "recovery_low", "recovery_high", "wer", "cer", "bleu")
+
+
+def product_of(experiment: Mapping[str, Any]) -> str:
+    """`Experiment.product` of the settings in a summary.json."""
+    merge = experiment.get("merge") or {}
+    return TOUCHED_UP if merge.get("touch_up") else str(merge.get("method", "lors"))
 
 
 def describe(
@@ -53,13 +69,14 @@ def describe(
             pruned = f"prune {expert}" if method == "lors" else f"prune {expert} as {method}"
             step = pruned if pruned in digests else f"extract {expert}"
             experts[expert] = {"step": step, "key": keys.get(step), "digest": digests.get(step)}
-    own = summary["systems"].get(method, {})
-    recovery_of = summary.get("recovery_of", {}).get(method, {})
+    product = product_of(experiment)
+    own = summary["systems"].get(product, {})
+    recovery_of = summary.get("recovery_of", {}).get(product, {})
     return {
         "name": name,
         "created": created,
         "how": how,
-        "model": digests[f"write {method}"],
+        "model": digests["touch up" if product == TOUCHED_UP else f"write {method}"],
         "method": method,
         "scaling": summary["scaling"],
         "base": experiment["base"],

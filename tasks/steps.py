@@ -32,7 +32,7 @@ def _perform(step: Step, inputs: Mapping[str, Any]) -> Any:
     assert context is not None, "a step is performed inside its Prefect task"
     runtime = runtime_of(context.task_run)
     told = time.monotonic()
-    view = TrainingView(step.name) if step.stage == "fine_tune" else None
+    view = TrainingView(step.name) if step.stage in ("fine_tune", "touch_up") else None
 
     def on_event(event: Mapping[str, Any]) -> None:
         nonlocal told
@@ -137,6 +137,11 @@ def write_model(step: Step, inputs: Mapping[str, Any]) -> Any:
     return _perform(step, inputs)
 
 
+def touch_up(step: Step, inputs: Mapping[str, Any]) -> Any:
+    """The merged model, trained further; resumes from its last checkpoint."""
+    return _perform(step, inputs)
+
+
 def evaluate_model(step: Step, inputs: Mapping[str, Any]) -> Any:
     """One model's hypotheses on one language's test split."""
     return _perform(step, inputs)
@@ -169,6 +174,7 @@ TASKS = {
         ("scaling", score_scaling),
         ("scaling", select_scaling),
         ("merge", write_model),
+        ("merge", touch_up),
         ("evaluate", evaluate_model),
         ("evaluate", score_comet),
         ("evaluate", score_systems),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from lors.config import TOUCHED_UP
 from lors.drawing import Mark, Span, document, line_plot, number, span_bars
 from lors.report.parts import LABELS, Cell, Section, between, download, table, wide
 from lors.report.run import Run, flat_settings, load_runs
@@ -16,6 +17,7 @@ from lors.report.samples import Sample, choose_samples, compare
 from lors.report.scores import guard, headline, recovery, robustness
 from lors.report.workings import cost, interference, scaling, settings, size, training
 from lors.tensor_file import writing
+from lors.versions import product_of
 
 __all__ = ["LIMIT", "report_page", "write_report"]
 
@@ -138,7 +140,7 @@ def _facts(run: Run) -> str:
     summary = run.summary
     given = summary.get("experiment") or {}
     method = (given.get("merge") or {}).get("method")
-    own = run.systems.get(method, {}) if method else {}
+    own = run.systems.get(product_of(given), {}) if method else {}
     corpora = (summary.get("corpora") or {}).values()
     trained = [split["train"] for split in corpora if "train" in split]
     hours = sum(facts.get("hours", facts.get("seconds", 0) / 3600) for facts in trained)
@@ -147,7 +149,7 @@ def _facts(run: Run) -> str:
         "languages": ", ".join(given.get("languages") or dict.fromkeys(language for language, _ in run.pairs())),
         "tasks": ", ".join(given.get("tasks") or dict.fromkeys(task for _, task in run.pairs())),
         "training data": f"{hours:.1f} h" if hours else None,
-        "merged with": method,
+        "merged with": f"{method}, touched up" if method and product_of(given) == TOUCHED_UP else method,
         "scaling coefficient": number(summary.get("scaling"), "{:g}") if "scaling" in summary else None,
         "recovery": number(own["recovery"], "{:.2f}") if own.get("recovery") is not None else None,
     }

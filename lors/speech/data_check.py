@@ -86,26 +86,32 @@ def check(experiment: Experiment, progress: Progress = _silent) -> DataReport:
     if "translate" in experiment.tasks:
         overlaps += overlaps_of_languages(tested, trained)
     findings += failures
-    for language in experiment.spoken:
+    for language in experiment.heard:
         own = [split for split in facts if split.language == language]
         findings += findings_of(own, [o for o in overlaps if o.language == language], experiment.tasks)
-    languages, names = experiment.spoken, (*SPLITS, "")
+    languages, names = experiment.heard, (*SPLITS, "")
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), languages.index(f.language), names.index(f.split)))
     return DataReport(experiment.base, experiment.tasks, tuple(facts), tuple(overlaps), tuple(findings))
 
 
 def _steps(experiment: Experiment, base: Path, store: Store) -> tuple[dict[str, Step], list[Finding]]:
     """The run's steps that prepare a split; a source that is missing is a finding."""
-    native = check_base(base, experiment.base, experiment.spoken, experiment.tasks)
+    native = check_base(base, experiment.base, experiment.heard, experiment.tasks)
     steps: dict[str, Step] = {}
     findings = []
+    wanted: list[tuple[str, str, int | None]] = []
     for language in experiment.spoken:
-        for split in SPLITS if language in experiment.languages else ("test",):
-            try:
-                step = prepare_step(experiment, language, split, native, store)
-                steps[step.name] = step
-            except LorsError as error:
-                findings.append(_failure(language, split, error))
+        splits = SPLITS if language in experiment.languages else ("test",)
+        wanted += [(language, split, None) for split in splits]
+    if (preserve := experiment.finetune.preserve) is not None:
+        others = [language for language in preserve.speech if language not in experiment.languages]
+        wanted += [(language, "train", preserve.utterances) for language in others]
+    for language, split, first in wanted:
+        try:
+            step = prepare_step(experiment, language, split, native, store, first)
+            steps[step.name] = step
+        except LorsError as error:
+            findings.append(_failure(language, split, error))
     store.memo.save()
     return steps, findings
 
@@ -133,7 +139,7 @@ def _prepared(
     with ThreadPoolExecutor(count) as pool, Slots(count, threads, devices) as slots:
         workspace = Workspace(store, slots, threads)
         outcomes = list(pool.map(prepare, steps.values()))
-    prepared: dict[str, dict[str, Path]] = {language: {} for language in experiment.spoken}
+    prepared: dict[str, dict[str, Path]] = {language: {} for language in experiment.heard}
     failures = []
     for step, outcome in zip(steps.values(), outcomes, strict=True):
         language, split = step.settings["language"], step.settings["split"]

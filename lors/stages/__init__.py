@@ -17,7 +17,7 @@ from lors.stages.merging import (
     write_model,
 )
 from lors.stages.scoring import score_comet, score_systems
-from lors.stages.training import fine_tune
+from lors.stages.training import fine_tune, touch_up
 
 __all__ = [
     "combine_task_vectors",
@@ -32,5 +32,6 @@ __all__ = [
     "score_scaling",
     "score_systems",
     "select_scaling",
+    "touch_up",
     "write_model",
 ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lors.training.preserve import Prompts
     from lors.training.settings import Finetune
 
-__all__ = ["fine_tune", "train"]
+__all__ = ["fine_tune", "touch_up", "train"]
 
 
 def fine_tune(work: str, report: Report, processes: int = 1, **arguments: Any) -> dict[str, Any]:
@@ -32,6 +32,38 @@ def fine_tune(work: str, report: Report, processes: int = 1, **arguments: Any) -
     from lors.training.distributed import launch
 
     return launch("lors.stages.training:train", {"work": work, **arguments}, processes, report, Path(work))
+
+
+def touch_up(
+    work: str,
+    report: Report,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    digests: Mapping[str, str],
+    out: str,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """The merged model `start`, trained further: a complete folder in its dtypes, with a card and the log."""
+    from lors.checkpoint import Checkpoint, check_compatible
+    from lors.model_writer import write_model_folder
+    from lors.training.settings import LOG
+
+    trained = Path(work) / "trained"
+    shutil.rmtree(trained, ignore_errors=True)
+    result = fine_tune(work, report, settings=settings, inputs=inputs, digests=digests, out=str(trained), **arguments)
+    merged, own = Checkpoint(inputs["start"]), Checkpoint(trained)
+    check_compatible(merged, own)
+    taught = " and ".join(f"{language}-{task}" for language, task in settings["parts"])
+    write_model_folder(
+        Path(out),
+        merged,
+        ((name, own.tensor(name)) for name in merged.float_names),
+        title="Merged and touched up",
+        text=f"A merged model, trained further for {result['steps']} updates on {taught} together.",
+        provenance={"touch_up": settings["finetune"], "digests": dict(digests)},
+    )
+    shutil.copyfile(trained / LOG, Path(out) / LOG)
+    return result
 
 
 def train(
@@ -70,7 +102,7 @@ def train(
             training,
             tell,
             score=_scorer(settings, processor, spoken) if "evaluate" in settings else None,
-            prompts=_prompts(settings["parts"], model, processor, own),
+            prompts=_prompts(settings["parts"], inputs, model, processor, own),
             stop=stop,
         )
     if first:
@@ -117,16 +149,24 @@ def _examples(
     return examples, spoken
 
 
-def _prompts(parts: Sequence[tuple[str, str]], model: Any, processor: Any, own: Finetune) -> Prompts | None:
+def _prompts(
+    parts: Sequence[tuple[str, str]], inputs: Mapping[str, str], model: Any, processor: Any, own: Finetune
+) -> Prompts | None:
     """What the utterances are asked for beside, where the expert is held to the base there."""
     from lors.speech.architecture import architecture_of
+    from lors.speech.corpus import read_split
     from lors.training.preserve import Prompts
 
     if own.preserve is None:
         return None
     architecture = architecture_of(model)
     limit, trained = architecture.token_limit(model.config), [(language, task) for language, task in parts]
-    return Prompts(processor.tokenizer, architecture, limit, trained, own.preserve.languages)
+    speech = {}
+    for language in own.preserve.speech:
+        if (folder := inputs.get(f"held-{language}")) is not None:
+            found = read_split(Path(folder) / "train.parquet")
+            speech[language] = [replace(utterance, id=f"{language}/{utterance.id}") for utterance in found]
+    return Prompts(processor.tokenizer, architecture, limit, trained, own.preserve.languages, speech)
 
 
 def _scorer(

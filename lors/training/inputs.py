@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -38,11 +38,19 @@ class Others:
     """(B, T)"""
     labels: Tensor
     """(B, T)"""
+    heard: dict[str, Tensor] | None = None
+    """The encoder's inputs; None: those of the part."""
 
     def split(self, count: int) -> list[Others]:
         """So many consecutive parts of it."""
-        columns = (self.decoder_input_ids.tensor_split(count), self.labels.tensor_split(count))
-        return [Others(own, rows) for own, rows in zip(*columns, strict=True)]
+        heard = [None] * count if self.heard is None else _split(self.heard, count)
+        columns = (self.decoder_input_ids.tensor_split(count), self.labels.tensor_split(count), heard)
+        return [Others(own, rows, inputs) for own, rows, inputs in zip(*columns, strict=True)]
+
+
+def _split(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    columns = [tensor.tensor_split(count) for tensor in tensors.values()]
+    return [dict(zip(tensors, rows, strict=True)) for rows in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +69,7 @@ class Part:
     def split(self, count: int) -> list[Part]:
         """At most so many consecutive parts of it, none empty."""
         count = min(count, len(self.labels))
-        columns = [tensor.tensor_split(count) for tensor in self.inputs.values()]
-        inputs = [dict(zip(self.inputs, tensors, strict=True)) for tensors in zip(*columns, strict=True)]
-        labels = self.labels.tensor_split(count)
+        inputs, labels = _split(self.inputs, count), self.labels.tensor_split(count)
         others = [None] * count if self.others is None else self.others.split(count)
         return [Part(own, rows, self.weight, more) for own, rows, more in zip(inputs, labels, others, strict=True)]
 
@@ -161,11 +167,23 @@ class Inputs:
             features = [spec_augment(mel, masks, self._draw_seed(draw)) for draw, mel in pairs]
         inputs = self._architecture.collate(self._config, features, window)
         decoder, labels = self._read_and_written([example.labels for example in examples])
-        others = None
-        if self._prompts is not None:
-            asked = [self._prompts.labels(self._examples[draw.index], self._draw_seed(draw)) for draw in piece]
-            others = Others(*self._read_and_written(asked))
+        others = None if self._prompts is None else self._others(self._prompts, piece, features, window)
         return Part({**inputs, "decoder_input_ids": decoder}, labels, weight, others)
+
+    def _others(self, prompts: Prompts, piece: Sequence[Draw], features: Sequence[Any], window: float) -> Others:
+        """What stands beside each utterance: it again, or one of another language, with another prompt."""
+        asked, heard, own = [], list(features), True
+        longest = max(self._seconds(draw) for draw in piece)
+        for place, draw in enumerate(piece):
+            seed = self._draw_seed(draw)
+            if (found := prompts.elsewhere(seed, longest)) is None:
+                asked.append(prompts.labels(self._examples[draw.index], seed))
+            else:
+                utterance, labels = found
+                asked.append(labels)
+                heard[place], own = self._features.features([_Heard(utterance, 1.0)])[0], False
+        inputs = None if own else self._architecture.collate(self._config, heard, window)
+        return Others(*self._read_and_written(asked), inputs)
 
     def _read_and_written(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:  # both (B, T)
         labels = label_rows(rows)

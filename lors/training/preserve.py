@@ -4,13 +4,15 @@ An expert is trained with one prompt, `<|es|><|transcribe|>` say, so nothing tel
 prompt: its decoder learns to write Spanish whatever it is asked for, and two such experts undo each other once they are
 merged. Here the same utterance is also given another prompt, and there the expert is held to the base (Li and Hoiem
 2016, Learning without Forgetting, arXiv 1606.09282, section 3, with the Kullback-Leibler divergence). That needs no
-speech of other languages, so an expert stays its own language's work.
+speech of other languages. What an expert does to those is held only where there is some to hold it on: a few utterances
+of other languages, the same for all experts, so that an expert stays its own language's work.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from lors.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from lors.speech.architecture import Architecture
+    from lors.speech.corpus import Utterance
     from lors.training.examples import Example
 
 __all__ = ["Base", "Prompts"]
@@ -47,6 +50,7 @@ class Prompts:
         limit: int,  # the most labels that the decoder has positions for
         trained: Collection[tuple[str, str]],  # the (language, task)s that the model is trained on
         languages: Sequence[str] = (),  # whose prompts are drawn; all that the base knows where there are none
+        speech: Mapping[str, Sequence[Utterance]] | None = None,  # of other languages; ids as `Inputs` keeps them
     ) -> None:
         """Raises ConfigError where the base does not know a language, or there is no prompt but the trained ones."""
         known = architecture.languages(tokenizer)
@@ -64,6 +68,26 @@ class Prompts:
         self._trained = set(trained)
         if not self._others:
             raise ConfigError("finetune.preserve.languages: all prompts of these languages are trained on, list more")
+        spoken = [(utterance, code) for code, found in (speech or {}).items() for utterance in found]
+        self._speech = sorted(spoken, key=lambda one: (one[0].seconds, one[1], one[0].id))
+        self._seconds = [utterance.seconds for utterance, _ in self._speech]
+
+    def elsewhere(
+        self,
+        seed: str,  # of the draw
+        seconds: float,  # no longer utterance
+    ) -> tuple[Utterance, tuple[int, ...]] | None:
+        """For half of the seeds an utterance of another language, and its labels after a prompt of its own language.
+
+        None for the other half, and where no speech of other languages is that short.
+        """
+        rng, count = random.Random(f"elsewhere-{seed}"), bisect_right(self._seconds, seconds)
+        if count == 0 or rng.random() < 0.5:
+            return None
+        utterance, language = self._speech[rng.randrange(count)]
+        task = rng.choice(_TASKS)
+        text = utterance.target(task) or utterance.target("transcribe") or ""
+        return utterance, self._after(language, task, text)
 
     def labels(
         self,
@@ -82,6 +106,10 @@ class Prompts:
         near = (language, other) not in self._trained and rng.random() < 0.5
         spoken, wanted = (language, other) if near else rng.choice(self._others)
         text = example.utterance.target(wanted) or example.utterance.target(task) or ""
-        prefix = self._architecture.prefix(self._tokenizer, spoken, wanted)
+        return self._after(spoken, wanted, text)
+
+    def _after(self, language: str, task: str, text: str) -> tuple[int, ...]:
+        """The labels of a text after a prompt."""
+        prefix = self._architecture.prefix(self._tokenizer, language, task)
         ids = self._architecture.text_tokens(self._tokenizer, text)
         return (*prefix, *ids, self._tokenizer.eos_token_id)[: self._limit]

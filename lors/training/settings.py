@@ -77,6 +77,11 @@ class Preserve(Section):
     languages: tuple[Language, ...] = ()
     """Whose prompts are taken beside the expert's own language, for half of the utterances; none: all that the base
     knows. Where the experiment's languages are listed, one more language changes the training of all experts."""
+    speech: tuple[Language, ...] = ()
+    """Languages whose speech the expert is held to the base on too, with their own prompts, for half of the utterances
+    (rehearsal; what was written there need not be known); none: on its own language's speech alone."""
+    utterances: PositiveInt = 100
+    """The first so many of the training split of each language of `speech`."""
 
 
 class Finetune(Section):
@@ -139,8 +144,12 @@ class Finetune(Section):
     def identity(self) -> dict[str, Any]:
         """What a training depends on beside its parts, JSON values; what is new since the first release is left out
         where it is not set, so that what was trained before is found again."""
-        left_out = {"tasks"} if self.preserve is not None else {"tasks", "preserve"}
-        return self.model_dump(mode="json", exclude=left_out)
+        found = self.model_dump(mode="json", exclude={"tasks"})
+        if self.preserve is None:
+            del found["preserve"]
+        elif not self.preserve.speech:
+            del found["preserve"]["speech"], found["preserve"]["utterances"]
+        return found
 
     @property
     def training_window(self) -> float | str:

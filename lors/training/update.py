@@ -89,19 +89,21 @@ def gradient(
 
 def part_loss(model: Any, part: Part, smoothing: float, device: torch.device, base: Base | None = None) -> Tensor:
     """The sum over tokens of a part's losses; with a `base` also of how far the model is from it under other prompts,
-    for which the encoder's output is taken again."""
+    for which the encoder's output is taken again where it is the same speech."""
     inputs = {name: tensor.to(device) for name, tensor in part.inputs.items()}
     out = model(**inputs, use_cache=False)
     loss = token_loss(out.logits, part.labels.to(device), smoothing)
     if base is None or part.others is None:
         return loss
     asked = {"decoder_input_ids": part.others.decoder_input_ids.to(device), "use_cache": False}
-    heard = (out.encoder_last_hidden_state,)
+    heard: dict[str, Any] = {"encoder_outputs": (out.encoder_last_hidden_state,)}
+    if part.others.heard is not None:
+        inputs = heard = {name: tensor.to(device) for name, tensor in part.others.heard.items()}
+    other = model(**heard, **asked)
     with torch.no_grad():
-        given = {"encoder_outputs": heard} if base.shares_encoder else inputs
+        given = {"encoder_outputs": (other.encoder_last_hidden_state,)} if base.shares_encoder else inputs
         wanted = base.model(**{**given, **asked}).logits
-    written = model(encoder_outputs=heard, **asked).logits
-    return loss + base.weight * divergence(written, wanted, part.others.labels.to(device))
+    return loss + base.weight * divergence(other.logits, wanted, part.others.labels.to(device))
 
 
 def clipped_norm(state: State, largest: float) -> float:

@@ -73,6 +73,12 @@ def test_a_language_less_takes_all_that_names_it(tmp_path: Path) -> None:
     assert change.kept == ("es", "it", "de")
 
 
+def test_a_language_less_that_others_are_held_on_keeps_its_speech(tmp_path: Path) -> None:
+    change = without_language(experiment(tmp_path, TEXT + "finetune: {preserve: {speech: [fr]}}\n"), "fr")
+    assert change.after.speech_of("fr").utterances.train == 4  # type: ignore[union-attr]
+    assert change.after.merge.weights == {"es-translate": 2}
+
+
 @pytest.mark.parametrize(
     ("call", "language", "words"),
     [

@@ -323,6 +323,18 @@ def test_a_language_may_have_a_source_of_its_own() -> None:
     assert loaded.speech_of("fr").hours.train == 2  # type: ignore[union-attr]
 
 
+def test_a_language_that_experts_are_held_on_has_speech_too() -> None:
+    own = {"source": "folder", "path": "spoken/nl", "limits": {"train": 50}}
+    finetune = {"preserve": {"speech": ["nl", "fr"]}}
+    given = experiment(corpora={"source": "synthetic"}, corpora_of={"nl": own}, finetune=finetune)
+    loaded = parse_experiment(given)
+    assert (loaded.spoken, loaded.heard) == (("es", "fr"), ("es", "fr", "nl"))
+    assert loaded.speech_of("nl").first("train", 100).limits.train == 50  # type: ignore[union-attr]
+    assert loaded.speech_of("nl").first("train", 20).limits.train == 20  # type: ignore[union-attr]
+    assert loaded.speech_of("nl").first("test", 20).limits.test == 20  # type: ignore[union-attr]
+    assert loaded.speech_of("fr").first("train", 20).utterances.train == 20  # type: ignore[union-attr]
+
+
 def test_overrides_of_a_data_set() -> None:
     corpora = {"source": "datasets", "preset": "fleurs", "splits": {"train": "a"}, "hours": {"train": 5, "test": 1}}
     corpora["overrides"] = {"es": {"name": "es_mx", "splits": {"test": "b"}, "hours": {"train": 3}}}

@@ -18,6 +18,7 @@ from lors.errors import CheckpointError, ConfigError, CorpusError, InputError
 from lors.pipeline import VERSIONS, Step, build_steps, plan
 from lors.starter import MODEL_FOLDER
 from lors.store import Artifact, Store
+from lors.training.settings import Finetune
 
 SPLITS = ("train", "validation", "test")
 FILES = {
@@ -28,6 +29,7 @@ FILES = {
     "score_scaling": ["point.json"],
     "select_scaling": ["scaling.json"],
     "write_model": ["model.safetensors", "config.json", "README.md"],
+    "touch_up": ["model.safetensors", "config.json", "README.md", "train.jsonl"],
     "evaluate_model": ["hypotheses.parquet"],
     "score_systems": ["results.csv", "table.md"],
     "diagnose_experts": ["diagnosis.json"],
@@ -247,6 +249,67 @@ def test_only_experts_are_held_to_the_base(make: Make, store: Store) -> None:
     more = to_run(make(finetune=held, languages=["es", "fr", "de"], **baselines), store)
     own = {f"fine-tune {name}" for name in ("de-transcribe", "de-translate", "sequential de", "multitask")}
     assert {name for name in more if name.startswith("fine-tune")} == own
+
+
+HELD = {"preserve": {"speech": ["es", "fr", "de"], "utterances": 1}, "tasks": "together"}
+
+
+def test_experts_are_held_on_the_first_utterances_of_other_languages(make: Make, store: Store) -> None:
+    steps = build_steps(make(finetune=HELD, baselines=["multitask"]), store)
+    held = {
+        name: {role.removeprefix("held-"): source for role, source in step.inputs.items() if role.startswith("held-")}
+        for name, step in steps.items()
+        if step.stage == "fine_tune"
+    }
+    assert {name: set(found) for name, found in held.items()} == {
+        "fine-tune es-transcribe": {"fr", "de"},
+        "fine-tune es-translate": {"fr", "de"},
+        "fine-tune fr-transcribe": {"es", "de"},
+        "fine-tune fr-translate": {"es", "de"},
+        "fine-tune multitask": set(),
+    }
+    assert {source.step for found in held.values() for source in found.values()} == {
+        f"prepare {language} held" for language in ("es", "fr", "de")
+    }
+    assert steps["prepare de held"].settings["limit"] == 1
+    assert steps["prepare es train"].settings["limit"] is None
+
+
+def test_more_speech_of_a_language_leaves_the_experts_that_are_held_on_its_first(
+    make: Make, store: Store, tmp_path: Path
+) -> None:
+    finish(make(finetune=HELD), store)
+    manifest = tmp_path / "speech" / "es" / "train.jsonl"
+    write_audio(manifest.with_name("train-new.wav"), seed=99)
+    row = {"audio": "train-new.wav", "text": "nuevo", "translation": "new"}
+    manifest.write_text(manifest.read_text() + json.dumps(row) + "\n")
+    again = to_run(make(finetune=HELD), store)
+    assert {n for n in again if n.startswith("fine-tune")} == {"fine-tune es-transcribe", "fine-tune es-translate"}
+
+
+def test_a_language_more_leaves_the_experts_that_were_held_on_it(make: Make, store: Store) -> None:
+    finish(make(finetune=HELD), store)
+    again = to_run(make(finetune=HELD, languages=["es", "fr", "de"]), store)
+    assert {n for n in again if n.startswith("fine-tune")} == {"fine-tune de-transcribe", "fine-tune de-translate"}
+
+
+TOUCH_UP = {"scaling": {"search": [0.2, 0.5]}, "touch_up": {"steps": 7}}
+
+
+def test_the_merged_model_is_touched_up_on_all_languages_and_tasks(make: Make, store: Store) -> None:
+    finish(make(), store)
+    touched = make(merge=TOUCH_UP)
+    assert (make().product, touched.product) == ("lors", "touched_up")
+    own = {"touch up", *evaluated("touched_up", "es", "fr"), "score systems"}
+    assert to_run(touched, store) == own
+    step = build_steps(touched, store)["touch up"]
+    assert step.inputs["start"].step == "write lors"
+    assert step.settings["finetune"] | {"steps": None} == Finetune(steps=7).identity() | {"steps": None}
+    assert step.settings["parts"] == [[e.language, e.task] for e in touched.experts]
+    finish(touched, store)
+    slower = TOUCH_UP | {"touch_up": {"steps": 7, "learning_rate": 1e-5}}
+    assert to_run(make(merge=slower), store) == own
+    assert "touch up" in to_run(make(merge=TOUCH_UP, prune={"rank_ratio": 0.3}), store)
 
 
 def evaluated(system: str, *languages: str) -> set[str]:

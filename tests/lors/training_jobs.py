@@ -53,6 +53,21 @@ class OtherPrompts:
         first, _, *text = example.labels
         return (first, 39, *text[: 2 + len(seed) % 3], 0)
 
+    def elsewhere(self, seed: str, seconds: float) -> tuple[Utterance, tuple[int, ...]] | None:
+        return None
+
+
+class OtherSpeech(OtherPrompts):
+    """With speech of another language, for every second utterance of `examples`."""
+
+    def elsewhere(self, seed: str, seconds: float) -> tuple[Utterance, tuple[int, ...]] | None:
+        number = int(seed.rpartition("u")[2])
+        if number % 2:
+            return None
+        audio = sound(0.3 + 0.01 * number, seed=100 + number)
+        flac = encode_flac(audio)
+        return Utterance(f"it/u{number}", "text", None, None, len(audio) / SAMPLE_RATE, flac), (2, 38, 7 + number, 0)
+
 
 def settings(**changes: Any) -> Finetune:
     return Finetune(**{"steps": 12, "learning_rate": 3e-3, "batch_seconds": 8.0, **changes})

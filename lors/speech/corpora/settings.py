@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -89,6 +89,10 @@ class RecordedCorpora(_Corpora):
     hours: Hours = Hours()
     """The most hours taken, in the source's order."""
 
+    def first(self, split: str, count: int) -> Self:
+        """These settings with at most so many utterances of a split."""
+        return self.model_copy(update={"limits": _at_most(self.limits, split, count)})
+
 
 _Recorded = TypeVar("_Recorded", bound=RecordedCorpora)
 
@@ -107,6 +111,10 @@ def _overridden(corpora: _Recorded, own: Override) -> _Recorded:
 
 def _updated(counts: _Counts, changes: BaseModel) -> _Counts:
     return counts.model_copy(update=changes.model_dump(exclude_none=True))
+
+
+def _at_most(counts: _Counts, split: str, count: int) -> _Counts:
+    return counts.model_copy(update={split: min(count, getattr(counts, split) or count)})
 
 
 class ManifestCorpora(RecordedCorpora):
@@ -262,6 +270,10 @@ class SyntheticCorpora(_Corpora):
         """These settings with the overrides of one language put in."""
         own = self.overrides.get(language, Limits())
         return self.model_copy(update={"utterances": _updated(self.utterances, own)})
+
+    def first(self, split: str, count: int) -> SyntheticCorpora:
+        """These settings with at most so many utterances of a split."""
+        return self.model_copy(update={"utterances": _at_most(self.utterances, split, count)})
 
 
 def _any_of(schema: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from stage_calls import folder, nothing
 
 from lors import stages
+from lors.checkpoint import Checkpoint, check_compatible
+from lors.model_writer import write_model_folder
 from lors.starter import MODEL_FOLDER
 
 BASE = str(MODEL_FOLDER)
@@ -71,12 +73,13 @@ def trained(folder_: Path, languages: list[str], **changes: Any) -> tuple[Path, 
     places = {"base": BASE} | changes.pop("places", {})
     work = str(out) + "-work"
     inputs |= changes.pop("inputs", {})
-    done = stages.fine_tune(
+    done = changes.pop("stage", stages.fine_tune)(
         work=work,
         report=events.append,
         settings=settings,
         inputs=inputs,
         places=places,
+        digests={},
         out=str(out),
         threads=1,
         **changes,
@@ -110,6 +113,20 @@ def test_an_expert_is_held_to_the_base_under_the_prompts_of_other_languages(tmp_
     assert bytes_of[0] == bytes_of[1] != bytes_of[2]
 
 
+def test_an_expert_is_held_on_speech_of_other_languages(tmp_path: Path) -> None:
+    other = folder(tmp_path / "held")
+    settings = {"language": "it", "split": "train", "source": "synthetic", "seed": 3, "limit": 6}
+    settings |= {"min_seconds": 0.1, "max_seconds": 4.0, "max_rejected": 0.05}
+    stages.prepare_split(settings, places={}, out=str(other), report=nothing)
+    preserve = {"weight": 3.0, "languages": ["es", "it"]}
+    own, *_ = trained(tmp_path, ["es"], finetune={"preserve": preserve})
+    held = {"finetune": {"preserve": preserve | {"speech": ["it"]}}, "inputs": {"held-it": str(other)}}
+    out, *_ = trained(tmp_path, ["es"], **held)
+    again, *_ = trained(tmp_path, ["es"], **held)
+    bytes_of = [(folder_ / "model.safetensors").read_bytes() for folder_ in (out, again, own)]
+    assert bytes_of[0] == bytes_of[1] != bytes_of[2]
+
+
 def test_the_encoder_s_positions_are_never_trained(tmp_path: Path) -> None:
     """They are sinusoids, which a window of the native length would train."""
     out, *_ = trained(tmp_path, ["es"], finetune={"window": 30.0, "batch_seconds": 40})
@@ -129,6 +146,25 @@ def test_a_training_may_start_from_another_and_be_watched(tmp_path: Path) -> Non
     alone, *_ = trained(tmp_path, ["fr"])
     digests = {(folder_ / "model.safetensors").read_bytes() for folder_ in (first, second, alone)}
     assert len(digests) == 3
+
+
+def test_a_merged_model_is_touched_up_in_its_own_dtypes(tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    base = Checkpoint(MODEL_FOLDER)
+    write_model_folder(merged, base, ((name, base.tensor(name)) for name in base.float_names), title="Merged")
+    out, done, events = trained(tmp_path, ["es", "fr"], inputs={"start": str(merged)}, stage=stages.touch_up)
+    plain, *_ = trained(tmp_path, ["es", "fr"], inputs={"start": str(merged)})
+    assert done["steps"] == len([event for event in events if "loss" in event]) == 2
+    touched, free = Checkpoint(out), Checkpoint(plain)
+    check_compatible(base, touched)
+    assert {name: touched.dtype(name) for name in touched.names} == {name: base.dtype(name) for name in base.names}
+    moved = [name for name in base.float_names if not torch.equal(touched.tensor(name), base.tensor(name))]
+    assert moved
+    for name in moved:
+        assert torch.equal(touched.tensor(name), free.tensor(name).to(base.dtype(name)))
+    card = (out / "README.md").read_text()
+    assert "trained further for 2 updates on es-transcribe and es-translate and fr-transcribe and fr-translate" in card
+    assert {"train.jsonl", "tokenizer.json"} <= {path.name for path in out.iterdir()}
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch.nn.functional import kl_div
 from training_jobs import (
     InterruptedTrainingError,
     OtherPrompts,
+    OtherSpeech,
     assert_same,
     examples,
     interrupt_at,
@@ -26,6 +27,7 @@ from training_jobs import (
 
 from lors.errors import ConfigError, InputError
 from lors.speech.architecture import Whisper
+from lors.speech.corpus import Utterance
 from lors.starter import MODEL_FOLDER
 from lors.training import finetune, update
 from lors.training.batches import Draw
@@ -109,6 +111,49 @@ def test_what_cannot_be_asked_for() -> None:
         prompts([("de", "transcribe")]).labels(examples(1)[0], "0")
 
 
+# Speech of other languages
+
+
+def lasting(seconds: float, number: int, translation: str | None = "two") -> Utterance:
+    known = examples(1)[0].utterance
+    return replace(known, id=f"fr/{number}", text="deux", translation=translation, seconds=seconds)
+
+
+def with_speech(*utterances: Utterance) -> Prompts:
+    return Prompts(tokenizer(), Whisper(), 100, [("de", "transcribe")], ("de", "es"), {"fr": utterances})
+
+
+def test_half_of_the_draws_are_speech_of_other_languages_with_its_own_prompts() -> None:
+    found = [with_speech(lasting(1.0, 0), lasting(2.0, 1)).elsewhere(str(seed), 2.0) for seed in range(400)]
+    there = [one for one in found if one is not None]
+    assert 160 < len(there) < 240
+    assert {tokenizer().decode(labels) for _, labels in there} == {
+        "<|fr|><|transcribe|><|notimestamps|> deux<|endoftext|>",
+        "<|fr|><|translate|><|notimestamps|> two<|endoftext|>",
+    }
+    assert {utterance.id for utterance, _ in there} == {"fr/0", "fr/1"}
+
+
+def test_no_longer_speech_than_the_batch_has_is_drawn() -> None:
+    found = with_speech(lasting(1.0, 0), lasting(2.0, 1))
+    drawn = [found.elsewhere(str(seed), 1.5) for seed in range(100)]
+    assert {one[0].id for one in drawn if one is not None} == {"fr/0"}
+    assert {found.elsewhere(str(seed), 0.5) for seed in range(100)} == {None}
+    assert {prompts([("de", "transcribe")]).elsewhere(str(seed), 9.0) for seed in range(100)} == {None}
+
+
+def test_speech_without_a_translation_has_its_text_in_place_of_it() -> None:
+    found = [with_speech(lasting(1.0, 0, None)).elsewhere(str(seed), 2.0) for seed in range(50)]
+    said = {tokenizer().decode(one[1]) for one in found if one is not None}
+    assert "<|fr|><|translate|><|notimestamps|> deux<|endoftext|>" in said
+
+
+@given(st.permutations([lasting(0.5 * number, number) for number in range(1, 6)]), st.integers(0, 50))
+def test_the_order_of_the_speech_does_not_count(order: list[Utterance], seed: int) -> None:
+    expected = with_speech(*(lasting(0.5 * number, number) for number in range(1, 6)))
+    assert with_speech(*order).elsewhere(str(seed), 2.2) == expected.elsewhere(str(seed), 2.2)
+
+
 # How far the model is from the base
 
 
@@ -137,34 +182,34 @@ def test_equal_logits_do_not_diverge() -> None:
     assert gradient.abs().max() < 1e-6
 
 
-def batch(parts: int = 1) -> Any:
-    found = Inputs(examples(), Whisper(), tiny_model().config, "auto", prompts=OtherPrompts())
+def batch(parts: int = 1, asked: Any = OtherPrompts) -> Any:
+    found = Inputs(examples(), Whisper(), tiny_model().config, "auto", prompts=asked())
     return found.batch([Draw(index, 0) for index in range(12)], parts)
 
 
-def gradient(parts: int, base: Any) -> tuple[float, dict[str, torch.Tensor]]:
+def gradient(parts: int, base: Any, asked: Any = OtherPrompts) -> tuple[float, dict[str, torch.Tensor]]:
     model = tiny_model(**OTHER_WEIGHTS)
     with trained(model, (), None, 0) as parameters:
         state = finetune._start(model, parameters, settings(), 1e-3, torch.float32)
         us = team(model.device)
-        loss = update.gradient(model.train(), model, batch(parts), state, 0.0, torch.float32, us, Base(base, 0.5))
+        own = batch(parts, asked)
+        loss = update.gradient(model.train(), model, own, state, 0.0, torch.float32, us, Base(base, 0.5))
         return loss, {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
 
 OTHER_WEIGHTS = {"init_std": 0.1}
 
 
+@pytest.mark.parametrize("asked", [OtherPrompts, OtherSpeech])
 @pytest.mark.parametrize("parts", [1, 5])
-def test_the_gradient_is_that_of_both_losses_a_token(parts: int) -> None:
+def test_the_gradient_is_that_of_both_losses_a_token(parts: int, asked: Any) -> None:
     base, other = tiny_model(), tiny_model(**OTHER_WEIGHTS).train()
-    loss, found = gradient(parts, base)
+    loss, found = gradient(parts, base, asked)
     assert all(parameter.grad is None for parameter in base.parameters())
-    (part,) = batch().parts
+    (part,) = batch(1, asked).parts
     own = other(**part.inputs).logits
-    written, wanted = (
-        model(part.inputs["input_features"], decoder_input_ids=part.others.decoder_input_ids).logits
-        for model in (other, base)
-    )
+    heard = part.inputs["input_features"] if asked is OtherPrompts else part.others.heard["input_features"]
+    written, wanted = (model(heard, decoder_input_ids=part.others.decoder_input_ids).logits for model in (other, base))
     kept = part.others.labels != -100
     far = kl_div(written[kept].log_softmax(-1), wanted[kept].log_softmax(-1), reduction="sum", log_target=True)
     said = torch.nn.functional.cross_entropy(own.flatten(0, 1), part.labels.flatten(), reduction="sum")
@@ -174,6 +219,16 @@ def test_the_gradient_is_that_of_both_losses_a_token(parts: int) -> None:
     for name, parameter in other.named_parameters():
         if name in found:
             assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6), name
+
+
+def test_what_is_heard_beside_is_the_same_speech_or_that_of_another_language() -> None:
+    (part,) = batch(1, OtherSpeech).parts
+    own, heard = part.inputs["input_features"], part.others.heard["input_features"]
+    assert own.shape == heard.shape
+    assert [bool(torch.equal(a, b)) for a, b in zip(own, heard, strict=True)] == [False, True] * 6
+    assert batch().parts[0].others.heard is None
+    pieces = part.split(5)
+    assert torch.equal(torch.cat([piece.others.heard["input_features"] for piece in pieces]), heard)
 
 
 # A training
@@ -188,9 +243,9 @@ def distance(model: Any, base: Any) -> float:
     return float(far) / int((part.others.labels != -100).sum())
 
 
-def run(work: Path, report: Any = lambda event: None, **changes: Any) -> Any:
+def run(work: Path, report: Any = lambda event: None, asked: Any = OtherPrompts, **changes: Any) -> Any:
     model = tiny_model()
-    fine_tune(model, examples(), [], settings(**changes), work, report, prompts=OtherPrompts())
+    fine_tune(model, examples(), [], settings(**changes), work, report, prompts=asked())
     return model
 
 
@@ -213,7 +268,8 @@ def test_a_resumed_training_is_held_to_the_base_and_not_to_itself(tmp_path: Path
     assert_same(weights(run(tmp_path / "b", preserve=PRESERVE, augment={"speed": [0.9, 1.1]})), weights(whole))
 
 
-def test_a_frozen_encoder_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", [OtherPrompts, OtherSpeech])
+def test_a_frozen_encoder_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Any) -> None:
     """To the same weights as with an encoder of the base's own."""
     seen = []
     base = finetune._base
@@ -225,10 +281,10 @@ def test_a_frozen_encoder_is_computed_once(tmp_path: Path, monkeypatch: pytest.M
         return found
 
     monkeypatch.setattr(finetune, "_base", counted)
-    once = run(tmp_path / "a", preserve=PRESERVE, freeze=["encoder"])
+    once = run(tmp_path / "a", asked=asked, preserve=PRESERVE, freeze=["encoder"])
     assert not seen
     monkeypatch.setattr(finetune, "in_group", lambda *_: True)
-    twice = run(tmp_path / "b", preserve=PRESERVE, freeze=["encoder"])
+    twice = run(tmp_path / "b", asked=asked, preserve=PRESERVE, freeze=["encoder"])
     assert len(seen) == 12
     assert_same(weights(once), weights(twice))
 
@@ -242,4 +298,7 @@ def test_the_identity_of_a_training_from_before_is_kept() -> None:
     plain = settings().identity()
     assert not {"preserve", "tasks"} & plain.keys()
     assert settings(tasks="together").identity() == plain  # its parts say that
-    assert settings(preserve={}).identity() == plain | {"preserve": {"weight": 1.0, "languages": []}}
+    held = {"weight": 1.0, "languages": []}
+    assert settings(preserve={}).identity() == plain | {"preserve": held}
+    with_speech = {"preserve": {**held, "speech": ["it"], "utterances": 100}}
+    assert settings(preserve={"speech": ["it"]}).identity() == plain | with_speech
