@@ -311,7 +311,7 @@ def _under_prefect(
     steps, _ = build_variants(variants, store)
     planned = plan(steps, store)
 
-    from flows.prefect_environment import connect, prepare
+    from flows.prefect_environment import connect, outlast, prepare
 
     if variants[0].experiment.dispatch == "workers":
         os.environ["PREFECT_API_URL"] = services.server_url()
@@ -326,7 +326,7 @@ def _under_prefect(
         progress.say(f"Prefect's API is there after {time.monotonic() - started:.1f} s")
         LISTENERS.append(progress)
         try:
-            return flow(), len(planned)
+            return outlast(flow, progress.say), len(planned)
         finally:
             LISTENERS.remove(progress)
             gc.freeze()  # or Python walks all of Prefect's objects several times as it ends, for more than a second

@@ -29,6 +29,7 @@ from lors.config import Experiment, load_experiment
 from lors.errors import InputError, LorsError, StepFailedError, WorseError
 from lors.isolate import Slots
 from lors.lease import hold
+from lors.network import lost_connection
 from lors.outputs import publish, publish_sweep, require_writable
 from lors.pipeline import Sources, Step, Workspace, keep_base_step, plan, sources_of
 from lors.report import write_report
@@ -360,6 +361,8 @@ def _raise_first_failure(futures: Futures) -> None:
         others = f" ({len(failed) - 1} more steps failed)" if len(failed) > 1 else ""
         if isinstance(error, LorsError):
             raise type(error)(f"{name}: {error}{others}") from error
+        if isinstance(error, Exception) and lost_connection(error):
+            raise error  # for `outlast`
         raise StepFailedError(f"{name}: {error!r}{others}; finished steps are kept, run the same command again")
     for name, future in futures.items():
         if not future.state.is_completed():

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from lors.errors import LorsError
+from lors.network import lost_connection
 
-__all__ = ["FEWER_TRANSACTIONS", "HEARTBEAT_SECONDS", "connect", "prepare", "settle"]
+__all__ = ["FEWER_TRANSACTIONS", "HEARTBEAT_SECONDS", "connect", "outlast", "prepare", "settle"]
 
 FEWER_TRANSACTIONS = {
     # A transaction an event, the default, is slow on SQLite and makes other requests fail and wait for 2 s.
@@ -83,6 +86,56 @@ def connect() -> None:
                 "look with `lors doctor`, or set PREFECT_API_URL",
             )
         raise LorsError(f"{what} ({error}): {advice}") from error
+
+
+def outlast(flow: Callable[[], _T], say: Callable[[str], None], seconds: float = 600.0) -> _T:
+    """What the flow returns; where Prefect's API goes away meanwhile and comes back, the flow is run again, which goes
+    on from what is finished. Raises LorsError where it stays away for so long.
+
+    Prefect's client waits for an API that it has reached before, but each new client's first request does not.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    for _ in range(_RETURNS):
+        try:
+            return flow()
+        except LorsError:  # which may come from another connection, such as the hub's
+            raise
+        except Exception as error:
+            if (lost := lost_connection(error)) is None:
+                raise
+            if not url:
+                raise LorsError(
+                    f"the run's own Prefect API is gone ({lost!r}): finished steps are kept, run the same command again"
+                ) from error
+            say(f"the Prefect API {url} does not answer ({lost!r}): waiting for it")
+            started = time.monotonic()
+            if not _back(url, seconds):
+                raise LorsError(
+                    f"the Prefect API {url} went away and was not there again after {seconds:g} s: finished steps are "
+                    "kept, start it and run the same command again"
+                ) from error
+            say(f"the Prefect API is there again after {time.monotonic() - started:.0f} s: going on")
+    return flow()
+
+
+_RETURNS = 10
+_T = TypeVar("_T")
+
+
+def _back(url: str, seconds: float) -> bool:
+    """Whether the API answers within so many seconds."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        with suppress(Exception):
+            from prefect.client.orchestration import get_client
+
+            with get_client(sync_client=True) as client:
+                client.hello()
+            return True
+        time.sleep(1)
+    return False
 
 
 def _guard(server: Any) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-__all__ = ["can_pass", "patiently"]
+__all__ = ["can_pass", "lost_connection", "patiently"]
 
 _T = TypeVar("_T")
 _DELAYS = (1.0, 4.0)
@@ -29,15 +29,29 @@ def can_pass(error: BaseException) -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _chain(error):
         if isinstance(seen, HfHubHTTPError):
             return bool(seen.response.status_code >= 500 or seen.response.status_code in (408, 429))
-        kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(seen).__mro__}
-        if isinstance(seen, ConnectionError | TimeoutError) or kinds & _TRANSPORT:
+        if _of_transport(seen):
             return True
-        seen = seen.__cause__ or seen.__context__
     return False
+
+
+def lost_connection(error: BaseException) -> BaseException | None:
+    """The error of a connection that an error came from, or is."""
+    return next(filter(_of_transport, _chain(error)), None)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _of_transport(error: BaseException) -> bool:
+    kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    return isinstance(error, ConnectionError | TimeoutError) or bool(kinds & _TRANSPORT)
 
 
 def patiently(call: Callable[[], _T]) -> _T:
