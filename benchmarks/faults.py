@@ -423,9 +423,11 @@ class Bench:
             )
             run = trial.start(on)
             row.times += 1
-            if other.wait() != 0:
-                row.wrong.append(f"{trial.mark}: the other run: {other.text[-600:]}")
+            code = other.wait()
             trial.finish(row, on, run)
+            if code != 0:
+                row.wrong.append(f"{trial.mark}: the other run, exit code {code}: {other.text[-1500:]}")
+                continue
             made = list((trial.store / "entries" / "fine_tune").iterdir())
             if len(made) != 2:
                 row.wrong.append(f"{trial.mark}: {len(made)} trainings")
@@ -519,6 +521,8 @@ def main() -> int:
                     getattr(bench, name)(row, kills if options.kills is None else options.kills)
                 except PermissionError as error:
                     row.note = str(error)
+                except Exception as error:  # the other rows are still worth their time
+                    row.wrong.append(f"the trial itself stumbled: {error!r}")
                 for wrong in row.wrong:
                     print(f"  WRONG {wrong}", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
