@@ -73,6 +73,8 @@ class TouchUp(Section):
     """Updates of the weights, of batches that are drawn from all languages and tasks."""
     learning_rate: PositiveFloat | None = None
     """The peak; None: that of `finetune`."""
+    freeze: tuple[str, ...] = ()
+    """What is not trained, as in `finetune`."""
 
 
 class Merge(Section):
@@ -92,7 +94,8 @@ class Merge(Section):
     """Other settings for named groups of parameters (`lors merge --list`) or glob patterns; a later group wins."""
     touch_up: TouchUp | None = None
     """Train what `method` merged a little further, on all languages and tasks: the system `touched_up`, which is then
-    the model that is written. All else is as in `finetune`."""
+    the model that is written. All else is as in `finetune`; with `preserve` it is held to the base, not to what was
+    merged."""
 
     @field_validator("method")
     @classmethod

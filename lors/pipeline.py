@@ -406,7 +406,7 @@ class _Builder:
 
     def touch_up(self, own: TouchUp, corpora: Mapping[str, Corpus]) -> str:
         """The merged model, trained further on all languages and tasks."""
-        changes: dict[str, Any] = {"steps": own.steps, "max_hours": None, "lora": None}
+        changes: dict[str, Any] = {"steps": own.steps, "freeze": own.freeze, "max_hours": None, "lora": None}
         if own.learning_rate is not None:
             changes["learning_rate"] = own.learning_rate
         finetune = self.experiment.finetune.model_copy(update=changes)
@@ -443,7 +443,7 @@ class _Builder:
                     inputs[f"held-{language}"] = _parquet({"train": step}, "train")
         if start is not None:
             inputs["start"] = Source(start, _MODEL)
-        where: dict[str, Any] = self.on_base if start is None else {"places": {}}
+        where: dict[str, Any] = self.on_base if start is None or finetune.preserve is not None else {"places": {}}
         if (curves := self.experiment.resources.tensorboard) is not None:
             where["places"]["tensorboard"] = str((curves / name.removeprefix("fine-tune ")).absolute())
         return self.add(name, stage, settings, inputs=inputs, **where, **about)

@@ -25,7 +25,8 @@ __all__ = ["fine_tune", "touch_up", "train"]
 def fine_tune(work: str, report: Report, processes: int = 1, **arguments: Any) -> dict[str, Any]:
     """A model trained on one or more (language, task)s, a complete Hugging Face folder in float32.
 
-    Starts from the input `start`, where there is one, else from the base. Several processes share each batch.
+    Starts from the input `start`, where there is one, else from the base, which it is held to where it is held.
+    Several processes share each batch.
     """
     if processes == 1:
         return train(work=work, report=report, **arguments)
@@ -103,6 +104,7 @@ def train(
             tell,
             score=_scorer(settings, processor, spoken) if "evaluate" in settings else None,
             prompts=_prompts(settings["parts"], inputs, model, processor, own),
+            held_to=load(places["base"], threads)[0] if own.preserve is not None and "start" in inputs else None,
             stop=stop,
         )
     if first:

@@ -59,6 +59,7 @@ def fine_tune(
     *,
     score: Score | None = None,
     prompts: Prompts | None = None,
+    held_to: Any | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train `model` in place; returns figures (steps, losses, seconds, samples a second).
@@ -71,8 +72,8 @@ def fine_tune(
 
     Args:
         score: percent error, lower is better, of the model as it is; for `settings.validation.metric: score`.
-        prompts: what the utterances are asked for beside, for `settings.preserve`: the model is held there to what it
-            is at this call.
+        prompts: what the utterances are asked for beside, for `settings.preserve`.
+        held_to: the model that it is held to there; None: what it is at this call.
         stop: asked after each step; where it returns True, a checkpoint is written and StepFailedError raised.
 
     Raises:
@@ -88,7 +89,7 @@ def fine_tune(
     measure = _measure(settings, validation, score)
     peak = settings.learning_rate or learning_rate_for(sum(p.numel() for p in model.parameters()))
     dtype = precision_for(settings.precision, model.device)
-    base = _base(model, settings, prompts)
+    base = _base(model, settings, prompts, held_to)
     speech = _inputs(
         model,
         train,
@@ -103,7 +104,8 @@ def fine_tune(
         stack.enter_context(disk_errors(work))
         parameters = stack.enter_context(trained(model, settings.freeze, settings.lora, settings.seed))
         stack.enter_context(_modes(model, settings))
-        if base is not None and not any(in_group("encoder", name, ()) for name in parameters):
+        frozen = not any(in_group("encoder", name, ()) for name in parameters)
+        if base is not None and held_to is None and frozen:
             base = replace(base, shares_encoder=True)
         state = _start(model, parameters, settings, peak, dtype)
         checkpoint = Checkpoint(work, about(settings, train, parameters), writes=us.first)
@@ -254,14 +256,14 @@ def _inputs(model: Any, examples: Sequence[Example], window: float | str, **opti
     return Inputs(examples, architecture_of(model), copy.deepcopy(model.config), window, **options)
 
 
-def _base(model: Any, settings: Finetune, prompts: Prompts | None) -> Base | None:
-    """A copy of the model as it starts, where it is to be held to that."""
+def _base(model: Any, settings: Finetune, prompts: Prompts | None, held_to: Any | None) -> Base | None:
+    """What the model is held to, where it is: a copy of it as it starts, or another one."""
     if settings.preserve is None:
         return None
     if prompts is None:
         raise ConfigError("finetune.preserve: nothing says here which other prompts there are, leave it out")
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    return Base(frozen, settings.preserve.weight)
+    frozen = copy.deepcopy(model) if held_to is None else held_to
+    return Base(frozen.eval().requires_grad_(False), settings.preserve.weight)
 
 
 @contextlib.contextmanager

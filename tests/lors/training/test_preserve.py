@@ -289,6 +289,15 @@ def test_a_frozen_encoder_is_computed_once(tmp_path: Path, monkeypatch: pytest.M
     assert_same(weights(once), weights(twice))
 
 
+def test_it_may_be_held_to_another_model_than_it_starts_from(tmp_path: Path) -> None:
+    other, model = tiny_model(**OTHER_WEIGHTS), tiny_model()
+    before = distance(model, other)
+    own = settings(steps=40, preserve={"weight": 20}, freeze=["encoder"])
+    fine_tune(model, examples(), [], own, tmp_path, prompts=OtherPrompts(), held_to=other)
+    assert distance(model, other) < before / 2
+    assert_same(weights(other), weights(tiny_model(**OTHER_WEIGHTS)))
+
+
 def test_it_needs_prompts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing says here which other prompts there are"):
         fine_tune(tiny_model(), examples(), [], settings(preserve={}), tmp_path)
