@@ -22,6 +22,7 @@ from lors.errors import InputError
 from lors.pipeline import build_steps
 from lors.store import Artifact, Store
 from lors.sweep import Variant
+from lors.versions import history
 
 EXPERTS = ("es-transcribe", "es-translate", "fr-transcribe", "fr-translate")
 
@@ -279,6 +280,27 @@ def test_an_output_of_another_experiment_is_replaced(done: Done) -> None:
     assert len(list((alone.output / "experts").iterdir())) == 4
     assert "weight_average" not in (alone.output / "model" / "README.md").read_text()
     assert [path.name for path in alone.output.rglob(".*")] == [".lock"]
+
+
+def test_the_touched_up_model_is_the_one_that_is_written(done: Done) -> None:
+    own = {"scaling": {"search": [0.3, 0.6], "metric": "loss"}, "touch_up": {"steps": 2}}
+    touched = done.make(merge=own, output=str(done.folder / "touched"))
+    before = planned(touched)
+    assert set(full_pipeline(touched)["computed"]) == before
+    assert before == {"touch up", "evaluate touched_up es", "evaluate touched_up fr", "score systems"}
+    summary = summary_of(touched)
+    assert summary["model"] == "touched_up, in model/"
+    assert list(summary["systems"])[-2:] == ["lors", "touched_up"]
+    (version,) = history(touched.output)
+    assert version["model"] == summary["digests"]["touch up"]
+    assert version["scores"]["wer"] == summary["systems"]["touched_up"]["wer"]
+    card = (touched.output / "model" / "README.md").read_text()
+    assert "# Merged and touched up" in card
+    assert "name: touched_up" in card
+    trained = (touched.output / "training.csv").read_text()
+    assert "touch up,2," in trained
+    assert "lors, touched up" in (touched.output / "report.html").read_text()
+    assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (touched.output / "model").iterdir()}
 
 
 def test_train_expert_gives_one_compact_expert(done: Done) -> None:
