@@ -105,7 +105,7 @@ def fine_tune(
         parameters = stack.enter_context(trained(model, settings.freeze, settings.lora, settings.seed))
         stack.enter_context(_modes(model, settings))
         frozen = not any(in_group("encoder", name, ()) for name in parameters)
-        if base is not None and held_to is None and frozen:
+        if base is not None and frozen and _same_encoder(model, base.model):
             base = replace(base, shares_encoder=True)
         state = _start(model, parameters, settings, peak, dtype)
         checkpoint = Checkpoint(work, about(settings, train, parameters), writes=us.first)
@@ -264,6 +264,11 @@ def _base(model: Any, settings: Finetune, prompts: Prompts | None, held_to: Any 
         raise ConfigError("finetune.preserve: nothing says here which other prompts there are, leave it out")
     frozen = copy.deepcopy(model) if held_to is None else held_to
     return Base(frozen.eval().requires_grad_(False), settings.preserve.weight)
+
+
+def _same_encoder(a: Any, b: Any) -> bool:
+    own, other = a.get_encoder().state_dict(), b.get_encoder().state_dict()
+    return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
 
 
 @contextlib.contextmanager

@@ -298,6 +298,24 @@ def test_it_may_be_held_to_another_model_than_it_starts_from(tmp_path: Path) -> 
     assert_same(weights(other), weights(tiny_model(**OTHER_WEIGHTS)))
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_frozen_encoder_serves_both_only_where_it_is_the_same(
+    same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    base = update.part_loss
+
+    def noted(*arguments: Any) -> Any:
+        seen.append(arguments[-1].shares_encoder)
+        return base(*arguments)
+
+    monkeypatch.setattr(update, "part_loss", noted)
+    other = tiny_model() if same else tiny_model(**OTHER_WEIGHTS)
+    own = settings(steps=2, preserve=PRESERVE, freeze=["encoder"])
+    fine_tune(tiny_model(), examples(), [], own, tmp_path, prompts=OtherPrompts(), held_to=other)
+    assert set(seen) == {same}
+
+
 def test_it_needs_prompts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing says here which other prompts there are"):
         fine_tune(tiny_model(), examples(), [], settings(preserve={}), tmp_path)
