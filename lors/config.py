@@ -75,8 +75,6 @@ class TouchUp(Section):
     """The peak; None: that of `finetune`."""
     freeze: tuple[str, ...] = ()
     """What is not trained, as in `finetune`."""
-    weight: PositiveFloat | None = None
-    """That of `finetune.preserve` here; None: the same."""
 
 
 class Merge(Section):
@@ -290,9 +288,6 @@ class Experiment(Section):
         for language, corpora in self.corpora_of.items():
             if corpora.overrides:
                 raise ValueError(f"corpora_of.{language} is of one language: put its overrides beside its source")
-        touch_up = self.merge.touch_up
-        if touch_up is not None and touch_up.weight is not None and self.finetune.preserve is None:
-            raise ValueError("merge.touch_up.weight is that of finetune.preserve, which is not set: add it, or `{}`")
         self._check_searches()
         self._check_paths()
         return self

@@ -407,12 +407,9 @@ class _Builder:
     def touch_up(self, own: TouchUp, corpora: Mapping[str, Corpus]) -> str:
         """The merged model, trained further on all languages and tasks."""
         changes: dict[str, Any] = {"steps": own.steps, "freeze": own.freeze, "max_hours": None, "lora": None}
-        finetune = self.experiment.finetune
         if own.learning_rate is not None:
             changes["learning_rate"] = own.learning_rate
-        if own.weight is not None and finetune.preserve is not None:
-            changes["preserve"] = finetune.preserve.model_copy(update={"weight": own.weight})
-        finetune = finetune.model_copy(update=changes)
+        finetune = self.experiment.finetune.model_copy(update=changes)
         start = f"write {self.experiment.merge.method}"
         return self._train("touch up", "touch_up", finetune, self.experiment.experts, corpora, start)
 

@@ -335,11 +335,6 @@ def test_a_language_that_experts_are_held_on_has_speech_too() -> None:
     assert loaded.speech_of("fr").first("train", 20).utterances.train == 20  # type: ignore[union-attr]
 
 
-def test_a_touch_up_is_held_only_where_the_experts_are() -> None:
-    message = refusal(merge={"touch_up": {"steps": 5, "weight": 2}})
-    assert message == "merge.touch_up.weight is that of finetune.preserve, which is not set: add it, or `{}`"
-
-
 def test_overrides_of_a_data_set() -> None:
     corpora = {"source": "datasets", "preset": "fleurs", "splits": {"train": "a"}, "hours": {"train": 5, "test": 1}}
     corpora["overrides"] = {"es": {"name": "es_mx", "splits": {"test": "b"}, "hours": {"train": 3}}}

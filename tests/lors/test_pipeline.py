@@ -310,14 +310,6 @@ def test_the_merged_model_is_touched_up_on_all_languages_and_tasks(make: Make, s
     slower = TOUCH_UP | {"touch_up": {"steps": 7, "learning_rate": 1e-5}}
     assert to_run(make(merge=slower), store) == own
     assert "touch up" in to_run(make(merge=TOUCH_UP, prune={"rank_ratio": 0.3}), store)
-    held = make(merge=TOUCH_UP | {"touch_up": {"steps": 7, "weight": 5}}, finetune={"preserve": {"weight": 2}})
-    weights = {
-        name: step.settings["finetune"]["preserve"]["weight"]
-        for name, step in build_steps(held, store).items()
-        if step.stage in ("fine_tune", "touch_up")
-    }
-    assert weights == {**{f"fine-tune {expert}": 2 for expert in EXPERTS}, "touch up": 5}
-    assert "base" in build_steps(held, store)["touch up"].outside
 
 
 def evaluated(system: str, *languages: str) -> set[str]:
