@@ -1,6 +1,6 @@
 """Which part of the model experts conflict in: what each expert does to all languages and tasks, and which parts merge.
 
-    python docs/conflict_study.py deployments/demo.yaml conflict.json --scaling 0.17 0.33 --utterances 40
+    python docs/conflict_study.py deployments/published.yaml conflict.json --scaling 0.17 0.33 --utterances 40
 
 Takes the experts and the validation splits of an experiment that ran (`lors run FILE`) from its store, and prints the
 share of the experts' gain that a model has on each language and task, with L the teacher-forced cross-entropy a token:

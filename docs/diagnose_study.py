@@ -1,6 +1,6 @@
 """How well the figures of `lors diagnose` rank pairs of experts by the damage that merging them does.
 
-    python docs/diagnose_study.py deployments/demo.yaml study.json --scaling 0.3 0.5 1
+    python docs/diagnose_study.py deployments/published.yaml study.json --scaling 0.3 0.5 1
 
 Takes the experts and the test splits of an experiment that ran (`lors run FILE`) from its store, merges every pair by
 task arithmetic at each scaling coefficient, measures, and prints for each figure Spearman's rank correlation with the
