@@ -38,8 +38,13 @@ def can_pass(error: BaseException) -> bool:
 
 
 def lost_connection(error: BaseException) -> BaseException | None:
-    """The error of a connection that an error came from, or is."""
-    return next(filter(_of_transport, _chain(error)), None)
+    """The error of a connection, or of a server that is too busy to answer, that an error came from, or is."""
+    return next((seen for seen in _chain(error) if _of_transport(seen) or _of_a_busy_server(seen)), None)
+
+
+def _of_a_busy_server(error: BaseException) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    return type(error).__name__.endswith("HTTPStatusError") and isinstance(status, int) and status >= 500
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -54,11 +54,12 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectException
 
 port, comes_back, seconds, kind = int(sys.argv[2]), sys.argv[3] == "back", float(sys.argv[4]), sys.argv[5]
-calls, missed = [], threading.Event()
+calls, asked, missed = [], [], threading.Event()
 
 class Hello(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200)
+        asked.append(1)
+        self.send_response(503 if kind == "busy" and len(asked) == 1 else 200)
         self.end_headers()
         self.wfile.write(b'"hello"')
 
@@ -66,8 +67,9 @@ class Hello(BaseHTTPRequestHandler):
         pass
 
 def serve():
-    missed.wait()
-    time.sleep(1)
+    if kind != "busy":
+        missed.wait()
+        time.sleep(1)
     HTTPServer(("127.0.0.1", port), Hello).serve_forever()
 
 def flow():
@@ -76,7 +78,7 @@ def flow():
         raise ValueError("of our own")
     try:
         with get_client(sync_client=True) as client:
-            client.hello()
+            client.hello().raise_for_status()
     except Exception as error:
         missed.set()
         if kind == "of the hub":
@@ -86,6 +88,7 @@ def flow():
 
 if comes_back:
     threading.Thread(target=serve, daemon=True).start()
+    time.sleep(1)
 try:
     print(outlast(flow, lambda text: print("said", text), seconds), len(calls))
 except Exception as error:
@@ -102,6 +105,7 @@ def without_a_server(tmp_path: Path, *, comes_back: bool, seconds: float, kind: 
         **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_HOME": str(tmp_path),
+        "PREFECT_CLIENT_MAX_RETRIES": "0",
     }
     arguments = [str(tmp_path), str(port), "back" if comes_back else "away", str(seconds), kind]
     command = [sys.executable, "-c", FLOWS_WITHOUT_A_SERVER, *arguments]
@@ -114,6 +118,13 @@ def test_a_server_that_comes_back_is_waited_for(tmp_path: Path) -> None:
     away, there, result = without_a_server(tmp_path, comes_back=True, seconds=60)
     assert away.startswith("said the Prefect API http://127.0.0.1:PORT/api does not answer (ConnectError(")
     assert there.startswith("said the Prefect API is there again after ")
+    assert result == "done 2"
+
+
+def test_a_server_that_is_too_busy_is_asked_again(tmp_path: Path) -> None:
+    away, _, result = without_a_server(tmp_path, comes_back=True, seconds=60, kind="busy")
+    assert "does not answer (PrefectHTTPStatusError(" in away
+    assert "503" in away
     assert result == "done 2"
 
 
