@@ -10,12 +10,13 @@ PIP = .venv/bin/python -m pip install -c constraints.txt
 demo: .venv/.installed
 	.venv/bin/lors run deployments/demo.yaml
 
-# two processes of one thread each: more threads than cores wait for one another
+# three processes of one thread each: one of them always waits for a program to start, and more threads than cores would
+# wait for one another
 test: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 # torch by itself and first, so that nothing else decides which of its builds is taken
 .venv/.installed: pyproject.toml constraints.txt

@@ -113,19 +113,19 @@ def test_whatever_is_killed_the_next_run_ends_in_the_same_digests(prefect_api: s
     assert within(5, lambda: all(map(gone, children))), children
     run.communicate()
 
-    # Ctrl-C, and what a scheduler sends: the training writes the checkpoint of the step that it is at, and ends.
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        run = start(file, prefect_api)
-        moment = reached(run, trained_steps(folder))
-        children = descendants(run.pid)
-        run.send_signal(number)
-        assert within(30, lambda run=run: run.poll() is not None)
-        errors = run.communicate()[1]
-        assert run.returncode == code
-        assert errors.endswith("lors: stopped; finished steps are kept, the same command goes on from here\n")
-        assert "Traceback" not in errors
-        assert checkpointed_step(folder) >= moment
-        assert within(5, lambda children=children: all(map(gone, children))), children
+    # What a scheduler or Ctrl-C sends: the training writes the checkpoint of the step that it is at, and ends.
+    number, code = rng.choice([(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    run = start(file, prefect_api)
+    moment = reached(run, trained_steps(folder))
+    children = descendants(run.pid)
+    run.send_signal(number)
+    assert within(30, lambda: run.poll() is not None)
+    errors = run.communicate()[1]
+    assert run.returncode == code
+    assert errors.endswith("lors: stopped; finished steps are kept, the same command goes on from here\n")
+    assert "Traceback" not in errors
+    assert checkpointed_step(folder) >= moment
+    assert within(5, lambda: all(map(gone, children))), children
 
     run = start(file, prefect_api)
     reached(run, trained_steps(folder))
