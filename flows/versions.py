@@ -81,7 +81,7 @@ def _row(version: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _merged(version: Mapping[str, Any]) -> str:
-    return f"{version['method']} at {version['scaling']:.4g}"
+    return f"{version['method']} at {version['scaling']:.4g}" + (", touched up" if version.get("touched_up") else "")
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -7,6 +7,8 @@
                          └──► fine-tune (multitask, sequential)                               │
                                   └──► evaluate (system, language) ◄──────────────────────────┘ ──► score
     evaluate takes the experts, and the base with each pruned one (switched), too; diagnose reads the extracted ones.
+    touch up goes on from what `write model` made, on the speech of all languages, and is evaluated too; a held expert
+    reads `prepare held` of other languages.
 
 A step's key is the hash of its own settings, the digests of its inputs and the version of its algorithm (`VERSIONS`).
 Files that a step does not read are no part of its key, so a new test split, say, trains nothing again.

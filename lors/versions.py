@@ -78,6 +78,7 @@ def describe(
         "how": how,
         "model": digests["touch up" if product == TOUCHED_UP else f"write {method}"],
         "method": method,
+        "touched_up": product == TOUCHED_UP,
         "scaling": summary["scaling"],
         "base": experiment["base"],
         "languages": experiment["languages"],

@@ -293,6 +293,7 @@ def test_the_touched_up_model_is_the_one_that_is_written(done: Done) -> None:
     assert list(summary["systems"])[-2:] == ["lors", "touched_up"]
     (version,) = history(touched.output)
     assert version["model"] == summary["digests"]["touch up"]
+    assert (version["method"], version["touched_up"]) == ("lors", True)
     assert version["scores"]["wer"] == summary["systems"]["touched_up"]["wer"]
     card = (touched.output / "model" / "README.md").read_text()
     assert "# Merged and touched up" in card

@@ -143,6 +143,7 @@ def test_a_version_is_described_from_the_summary_alone() -> None:
         "how": "add-language fr",
         "model": "aaaa",
         "method": "lors",
+        "touched_up": False,
         "scaling": 0.3,
         "base": "starter",
         "languages": ["es", "fr"],
