@@ -160,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--accept", action="store_true", help="take the new model whatever got worse")
         if name == "add-language":
             made.add_argument("--corpora", metavar="YAML", help="where its speech comes from, if not as the others'")
+            made.add_argument(
+                "--afresh",
+                action="store_true",
+                help="merge and touch up all languages anew, where this one would be added to the touched-up model",
+            )
             add_on(made)
     plan = add(
         "plan",
@@ -248,14 +253,18 @@ def _add_language(options: argparse.Namespace) -> int:
         corpora = None if options.corpora is None else yaml.safe_load(options.corpora)
     except yaml.YAMLError as error:
         raise InputError(f"--corpora {options.corpora!r} is not valid YAML") from error
-    change = with_language(options.file, options.language, corpora)
+    change = with_language(options.file, options.language, corpora, options.afresh)
     if options.on is not None:
         change = replace(change, after=change.after.model_copy(update={"dispatch": options.on}))
 
     def flow() -> dict[str, Any]:
         from flows.pipeline import add_language
 
-        own = {"corpora": change.after.corpora_of.get(options.language), "dispatch": options.on}
+        own = {
+            "corpora": change.after.corpora_of.get(options.language),
+            "dispatch": options.on,
+            "afresh": options.afresh,
+        }
         changed: dict[str, Any] = add_language(options.file, options.language, **_verdict(options), **own)
         return changed
 

@@ -177,6 +177,7 @@ def add_language(
     tolerance: float = TOLERANCE,
     accept: bool = False,
     dispatch: Place | None = None,
+    afresh: bool = False,
 ) -> dict[str, Any]:
     """One more language: trains its experts, merges, evaluates, and takes the new model where no language got worse.
 
@@ -187,11 +188,12 @@ def add_language(
         tolerance: Points of WER, CER or BLEU that a language may lose.
         accept: Take the new model whatever got worse.
         dispatch: Where models are trained, in place of what the experiment says.
+        afresh: Merge and touch up all languages anew, where the language would be added to the touched-up model.
     """
     given = None if corpora is None else corpora.model_dump(mode="json", exclude_unset=True)
 
     def change() -> Change:
-        made = with_language(file, language, given)
+        made = with_language(file, language, given, afresh)
         return replace(made, after=_on(made.after, dispatch))
 
     return _change(change, f"add-language {language}", tolerance, accept)

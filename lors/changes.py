@@ -41,11 +41,12 @@ class Change:
             write_text(self.file, self.text)
 
 
-def with_language(file: Path, language: str, corpora: Mapping[str, Any] | None = None) -> Change:
+def with_language(file: Path, language: str, corpora: Mapping[str, Any] | None = None, afresh: bool = False) -> Change:
     """Add a language to an experiment file; `corpora` is where its speech comes from, None for where the others' does.
 
-    A guard language becomes one with experts. Raises ConfigError, or InputError where there is no model to compare
-    with.
+    Where the merged model is touched up, the language is added to that model, or, `afresh`, all languages are merged
+    and touched up anew. A guard language becomes one with experts. Raises ConfigError, or InputError where there is no
+    model to compare with.
     """
     before, data = _read(file)
     if language in before.languages:
@@ -53,6 +54,11 @@ def with_language(file: Path, language: str, corpora: Mapping[str, Any] | None =
     data["languages"].append(language)
     if "sequence" in data and data["sequence"] is not None:
         data["sequence"].append(language)
+    if before.merge.touch_up is not None:
+        if afresh:
+            data["merge"].get("added", {}).pop("languages", None)
+        else:
+            data["merge"].setdefault("added", {}).setdefault("languages", []).append(language)
     guards = data.get("evaluate", {}).get("guard", [])
     if language in guards:
         guards.remove(language)
@@ -75,6 +81,11 @@ def without_language(file: Path, language: str) -> Change:
         if language in names:
             names.remove(language)
     corpora, merge = data.get("corpora", {}), data.get("merge", {})
+    if (added := (merge.get("added") or {}).get("languages")) is not None:
+        if language in added:
+            added.remove(language)
+        elif len(added) == len(data["languages"]):  # the last of those that were merged first is gone
+            added.pop(0)
     for name in (language, f"{language}-transcribe", f"{language}-translate"):
         (merge.get("weights") or {}).pop(name, None)
     if language not in before.held:
@@ -139,7 +150,7 @@ def _scores(output: Path) -> dict[tuple[str, str], float]:
     )
     found: dict[tuple[str, str], list[float]] = {}
     for folder in folders:
-        product = product_of(read_json(folder / "summary.json")["experiment"])
+        product = product_of(read_json(folder / "summary.json"))["system"]
         rows = main_rows(load_results(folder))
         for row in rows[rows.system == product].to_dict("records"):
             found.setdefault((row["language"], row["metric"]), []).append(float(row["value"]))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from lors.errors import ConfigError, InputError
 from lors.merging.recipe import Group, Recipe
@@ -77,6 +77,22 @@ class TouchUp(Section):
     """What is not trained, as in `finetune`."""
 
 
+class Added(Section):
+    """Languages that are added to the finished model, one after the other, each for the cost of its own expert: its
+    task vectors go on top of the touched-up model before it, which is then touched up again, for a short while, on all
+    languages so far."""
+
+    languages: tuple[Language, ...] = ()
+    """In the order in which they come; the model of the others is merged and touched up first, and stays as it is.
+    `lors add-language` lists its language here."""
+    scaling: Annotated[float, Field(ge=0)] = 1.0
+    """The scaling coefficient of the task vectors of each."""
+    steps: NonNegativeInt = 40
+    """Updates after each; 0: none."""
+    learning_rate: PositiveFloat | None = None
+    """The peak; None: the touch-up's."""
+
+
 class Merge(Section):
     """How the task vectors become one."""
 
@@ -96,6 +112,8 @@ class Merge(Section):
     """Train what `method` merged a little further, on all languages and tasks: the system `touched_up`, which is then
     the model that is written. All else is as in `finetune`; with `preserve` it is held to the base, not to what was
     merged."""
+    added: Added = Added()
+    """Languages that come later than the merge, where there is a `touch_up`."""
 
     @field_validator("method")
     @classmethod
@@ -279,6 +297,7 @@ class Experiment(Section):
         for guard in self.evaluate.guard:
             if guard in self.languages:
                 raise ValueError(f"evaluate.guard names {guard!r}, which experts are trained for: name others")
+        self._check_added()
         if self.sequence is not None and sorted(self.sequence) != sorted(self.languages):
             raise ValueError(f"sequence must name each of the languages once: {', '.join(self.languages)}")
         for name, settings in (("corpora.overrides", self.corpora.overrides), ("corpora_of", self.corpora_of)):
@@ -291,6 +310,16 @@ class Experiment(Section):
         self._check_searches()
         self._check_paths()
         return self
+
+    def _check_added(self) -> None:
+        added = self.merge.added.languages
+        for language in added:
+            if language not in self.languages or added.count(language) > 1:
+                raise ValueError(f"merge.added.languages names {language!r}, which must be among the languages once")
+        if added and self.merge.touch_up is None:
+            raise ValueError("merge.added.languages are added to a model that is touched up: set merge.touch_up too")
+        if len(added) == len(self.languages):
+            raise ValueError("merge.added.languages names all languages: leave out those to start with")
 
     def _check_searches(self) -> None:
         """That each search can decide, and that methods are compared at equal search budgets."""
@@ -385,14 +414,44 @@ class Experiment(Section):
         return self.sequence or self.languages
 
     @property
+    def first(self) -> tuple[Expert, ...]:
+        """The experts whose task vectors are merged before languages are added: all, where none is."""
+        return tuple(expert for expert in self.merged if expert.language not in self.merge.added.languages)
+
+    @property
     def systems(self) -> tuple[str, ...]:
-        """The merged systems: the method of `merge`, then those of `compare`."""
-        return tuple(dict.fromkeys((self.merge.method, *self.compare)))
+        """The merged systems: the method of `merge`, then those of `compare`.
+
+        Where languages are added, no model of all languages is merged by the method on the way; `compare` has it made.
+        """
+        own = () if self.merge.added.languages else (self.merge.method,)
+        return tuple(dict.fromkeys((*own, *self.compare)))
 
     @property
     def product(self) -> str:
         """The system whose model is written."""
         return self.merge.method if self.merge.touch_up is None else TOUCHED_UP
+
+    @property
+    def last_step(self) -> str:
+        """The step that makes that model."""
+        if self.merge.touch_up is None:
+            return f"write {self.merge.method}"
+        if not self.merge.added.languages:
+            return "touch up"
+        last = self.merge.added.languages[-1]
+        return f"touch up {last}" if self.merge.added.steps else f"add {last}"
+
+    @property
+    def scaling_step(self) -> str:
+        """The step that has the scaling coefficient of the merge which that model comes from."""
+        return f"select scaling {self.merge.method}" + (" first" if self.merge.added.languages else "")
+
+    @property
+    def scaling_steps(self) -> dict[str, str]:
+        """The steps that have the scaling coefficients, by system."""
+        own = {self.merge.method: self.scaling_step}
+        return own | {system: f"select scaling {system}" for system in self.systems}
 
     def recipe(self, method: str) -> Recipe:
         """How a method merges here: its parameters, LoRS as in `prune`, the groups of `merge`."""

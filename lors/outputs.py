@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from lors.config import TOUCHED_UP, Experiment
+from lors.config import Experiment
 from lors.errors import InputError, LorsError
 from lors.model_folder import read_json
 from lors.pipeline import Step, split_name
@@ -60,8 +60,7 @@ def publish(
     right content are left alone; where another model is there, it is kept as an earlier version (`lors.versions`), and
     `how` says what made the new one. Without `models`, no merged model, no compact experts and no version.
     """
-    output, method = experiment.output, experiment.merge.method
-    product = artifacts["touch up" if experiment.product == TOUCHED_UP else f"write {method}"]
+    output, product = experiment.output, artifacts[experiment.last_step]
     if models:
         keep_current(output, product.digest)
     scores = store.path(artifacts["score systems"])
@@ -93,11 +92,12 @@ def publish(
         summary = {
             **common,
             "model": f"{experiment.product}, in model/" if models else None,
+            "product": {"system": experiment.product, "step": experiment.last_step},
             "sizes": sizes,
-            "scaling": artifacts[f"select scaling {method}"].summary["scaling"],
+            "scaling": artifacts[experiment.scaling_step].summary["scaling"],
             "curves": {
-                system: read_json(store.path(artifacts[f"select scaling {system}"]) / "scaling.json")
-                for system in experiment.systems
+                system: read_json(store.path(artifacts[step]) / "scaling.json")
+                for system, step in experiment.scaling_steps.items()
             },
             "seeds": {"finetune": experiment.finetune.seed, "corpora": getattr(experiment.corpora, "seed", None)},
             "experiment": experiment.model_dump(mode="json"),

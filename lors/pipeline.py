@@ -7,8 +7,8 @@
                          └──► fine-tune (multitask, sequential)                               │
                                   └──► evaluate (system, language) ◄──────────────────────────┘ ──► score
     evaluate takes the experts, and the base with each pruned one (switched), too; diagnose reads the extracted ones.
-    touch up goes on from what `write model` made, on the speech of all languages, and is evaluated too; a held expert
-    reads `prepare held` of other languages.
+    touch up goes on from what `write model` made, on the speech of all languages, and is evaluated too; languages that
+    came later are each put on top of that (add) and touched up; a held expert reads `prepare held` of other languages.
 
 A step's key is the hash of its own settings, the digests of its inputs and the version of its algorithm (`VERSIONS`).
 Files that a step does not read are no part of its key, so a new test split, say, trains nothing again.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ VERSIONS = {
     "select_scaling": 2,
     "write_model": 3,
     "touch_up": 1,
+    "add_task_vectors": 1,
     "evaluate_model": 2,
     "score_comet": 1,
     "score_systems": 3,
@@ -359,14 +360,9 @@ class _Builder:
             evaluate(baseline, model)
         merged = {expert: vectors[expert] for expert in experiment.merged}
         for method in experiment.systems:
-            recipe = experiment.recipe(method)
-            if settings := recipe.pruning:
-                pruned = {expert: self.prune(expert, vector, method, settings) for expert, vector in merged.items()}
-                evaluate(method, self.merge(recipe, pruned, corpora))
-            else:
-                evaluate(method, self.merge(recipe, merged, corpora))
-        if (touch_up := experiment.merge.touch_up) is not None:
-            evaluate(TOUCHED_UP, self.touch_up(touch_up, corpora))
+            evaluate(method, self.merge(method, merged, corpora))
+        if experiment.merge.touch_up is not None:
+            evaluate(TOUCHED_UP, self.touched_up(experiment.merge.touch_up, merged, corpora))
         self.steps |= scoring_steps(evaluations, experiment, self.store.memo)
         if experiment.diagnose:
             inputs = {expert.id: Source(vector) for expert, vector in merged.items()}
@@ -406,14 +402,49 @@ class _Builder:
             longer["max_hours"] = updates * finetune.max_hours
         return self._train(name, "fine_tune", finetune.model_copy(update=longer), parts, corpora, start, **about)
 
-    def touch_up(self, own: TouchUp, corpora: Mapping[str, Corpus]) -> str:
-        """The merged model, trained further on all languages and tasks."""
+    def touched_up(self, own: TouchUp, vectors: Mapping[Expert, str], corpora: Mapping[str, Corpus]) -> str:
+        """The first languages' merged model, trained further on them; then each added language on top of that."""
+        experiment, added = self.experiment, self.experiment.merge.added
+        spoken = dict.fromkeys(expert.language for expert in experiment.first)
+        method = experiment.merge.method
+        start = f"write {method}"
+        if added.languages:
+            start = self.merge(method, {expert: vectors[expert] for expert in experiment.first}, corpora, " first")
+        model = self.touch_up("touch up", own, spoken, corpora, start)
+        peak = added.learning_rate or own.learning_rate
+        later = own.model_copy(update={"steps": added.steps, "learning_rate": peak})
+        for language in added.languages:
+            spoken[language] = None
+            new = {expert: vector for expert, vector in vectors.items() if expert.language == language}
+            model = self.added(language, new, model)
+            if added.steps:
+                model = self.touch_up(f"touch up {language}", later, spoken, corpora, model)
+        return model
+
+    def touch_up(
+        self, name: str, own: TouchUp, languages: Collection[str], corpora: Mapping[str, Corpus], start: str
+    ) -> str:
+        """A model of several languages, trained further on all of them and all tasks."""
         changes: dict[str, Any] = {"steps": own.steps, "freeze": own.freeze, "max_hours": None, "lora": None}
         if own.learning_rate is not None:
             changes["learning_rate"] = own.learning_rate
         finetune = self.experiment.finetune.model_copy(update=changes)
-        start = f"write {self.experiment.merge.method}"
-        return self._train("touch up", "touch_up", finetune, self.experiment.experts, corpora, start)
+        parts = [expert for expert in self.experiment.experts if expert.language in languages]
+        return self._train(name, "touch_up", finetune, parts, corpora, start)
+
+    def added(self, language: str, vectors: Mapping[Expert, str], start: str) -> str:
+        """A model with one more language's task vectors on top."""
+        recipe = self.experiment.recipe(self.experiment.merge.method)
+        settings = self._anew(recipe.model_dump(mode="json", exclude={"scaling"}), vectors)
+        inputs = {f"vector-{expert.id}": Source(step) for expert, step in self.pruned(recipe, vectors).items()}
+        return self.add(
+            f"add {language}",
+            "add_task_vectors",
+            {**settings, "scaling": self.experiment.merge.added.scaling},
+            inputs={"start": Source(start, _MODEL), **inputs},
+            language=language,
+            **self.on_base,
+        )
 
     def _train(
         self,
@@ -495,19 +526,32 @@ class _Builder:
             task=expert.task,
         )
 
-    def merge(self, recipe: Recipe, vectors: Mapping[Expert, str], corpora: Mapping[str, Corpus]) -> str:
+    def pruned(self, recipe: Recipe, vectors: Mapping[Expert, str]) -> Mapping[Expert, str]:
+        """What a recipe merges: the task vectors, pruned where it prunes."""
+        if not (settings := recipe.pruning):
+            return vectors
+        return {expert: self.prune(expert, vector, recipe.method, settings) for expert, vector in vectors.items()}
+
+    def merge(
+        self,
+        method: str,
+        vectors: Mapping[Expert, str],
+        corpora: Mapping[str, Corpus],
+        which: str = "",  # of several merges by this method
+    ) -> str:
         """The step that writes the merged model."""
-        experiment, method = self.experiment, recipe.method
+        experiment, recipe = self.experiment, self.experiment.recipe(method)
+        vectors = self.pruned(recipe, vectors)
         combining = recipe.model_dump(mode="json", exclude={"scaling"})
         scales = {"groups": combining["groups"]}
         combined = self.add(
-            f"combine {method}",
+            f"combine {method}{which}",
             "combine_task_vectors",
             {"recipe": combining, "weights": {expert.id: experiment.weight(expert) for expert in vectors}},
             inputs={expert.id: Source(step) for expert, step in vectors.items()},
             **self.on_base,
         )
-        selected = self.search(recipe, combined, combining, vectors, corpora)
+        selected = self.search(recipe, combined, combining, vectors, corpora, which)
         settings: dict[str, Any] = {"method": method, **scales}
         inputs = {"scaling": Source(selected)}
         if (search := experiment.search(method)) is not None and search.per == "expert":
@@ -515,7 +559,7 @@ class _Builder:
             inputs |= {f"vector-{expert.id}": Source(step) for expert, step in vectors.items()}
         else:
             inputs["combined"] = Source(combined)
-        return self.add(f"write {method}", "write_model", settings, inputs=inputs, **self.on_base)
+        return self.add(f"write {method}{which}", "write_model", settings, inputs=inputs, **self.on_base)
 
     def _anew(self, combining: Mapping[str, Any], vectors: Mapping[Expert, str]) -> dict[str, Any]:
         """What a merge is made from, where the experts have factors of their own."""
@@ -528,25 +572,26 @@ class _Builder:
         combining: Mapping[str, Any],
         vectors: Mapping[Expert, str],
         corpora: Mapping[str, Corpus],
+        which: str,
     ) -> str:
         """The step that has the scaling coefficients: rounds of points and a choice after each (`lors.scaling`)."""
         experiment, method = self.experiment, recipe.method
-        search = experiment.search(method)
+        search, languages = experiment.search(method), dict.fromkeys(expert.language for expert in vectors)
         if search is None:
             own = METHODS[method].searches_scaling and isinstance(experiment.merge.scaling, float | int)
             chosen = experiment.merge.scaling if own else recipe.scaling
             fixed = {"method": method, "metric": None, "scaling": chosen}
-            return self.add(f"select scaling {method}", "select_scaling", fixed)
+            return self.add(f"select scaling {method}{which}", "select_scaling", fixed)
         decoding = {
             "metric": search.metric,
             "tasks": experiment.tasks,
-            "languages": experiment.languages,
+            "languages": list(languages),
             "groups": combining["groups"],
             "normaliser": experiment.evaluate.normaliser,
             **experiment.evaluate.decoding(),
         }
-        validation = {f"corpus-{code}": _parquet(corpus, "validation") for code, corpus in corpora.items()}
-        rounds = schedule(search, [expert.id for expert in experiment.merged])
+        validation = {f"corpus-{code}": _parquet(corpora[code], "validation") for code in languages}
+        rounds = schedule(search, [expert.id for expert in vectors])
         best = ""
         for number, one in enumerate(rounds):
             settings, inputs = dict(decoding), dict(validation)
@@ -561,13 +606,13 @@ class _Builder:
             chosen_from: dict[str, Source] = {} if one.coordinate is None else {"best": Source(best)}
             for place, value in enumerate(one.values):
                 tried: dict[str, Any] = {"coordinate": one.coordinate, "factor": value}
-                name = f"score {method} {one.coordinate} x {value:.15g}{again}"
+                name = f"score {method}{which} {one.coordinate} x {value:.15g}{again}"
                 if one.coordinate is None:
-                    tried, name = {"scaling": value, "factors": {}}, f"score {method} at {value:.15g}"
+                    tried, name = {"scaling": value, "factors": {}}, f"score {method}{which} at {value:.15g}"
                 self.add(name, "score_scaling", {**settings, **tried}, inputs=inputs, **self.on_base)
                 chosen_from[f"point-{place:03d}"] = Source(name)
             best = self.add(
-                f"select scaling {method}" + (f" ({number + 1})" if number + 1 < len(rounds) else ""),
+                f"select scaling {method}{which}" + (f" ({number + 1})" if number + 1 < len(rounds) else ""),
                 "select_scaling",
                 {"method": method, "metric": search.metric, "scaling": None},
                 inputs=chosen_from,

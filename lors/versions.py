@@ -46,10 +46,11 @@ _EXPERIMENT, _FILES, _SUMMARY, _VERSION = "experiment.yaml", "files.json", "summ
 _SCORES = ("recovery", "recovery_low", "recovery_high", "wer", "cer", "bleu")
 
 
-def product_of(experiment: Mapping[str, Any]) -> str:
-    """`Experiment.product` of the settings in a summary.json."""
-    merge = experiment.get("merge") or {}
-    return TOUCHED_UP if merge.get("touch_up") else str(merge.get("method", "lors"))
+def product_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The `system` whose model was written, and the `step` that made it, by summary.json."""
+    method = summary["experiment"]["merge"]["method"]  # of outputs from before there were others
+    found: dict[str, str] = summary.get("product") or {"system": method, "step": f"write {method}"}
+    return found
 
 
 def describe(
@@ -69,16 +70,16 @@ def describe(
             pruned = f"prune {expert}" if method == "lors" else f"prune {expert} as {method}"
             step = pruned if pruned in digests else f"extract {expert}"
             experts[expert] = {"step": step, "key": keys.get(step), "digest": digests.get(step)}
-    product = product_of(experiment)
-    own = summary["systems"].get(product, {})
-    recovery_of = summary.get("recovery_of", {}).get(product, {})
+    product = product_of(summary)
+    own = summary["systems"].get(product["system"], {})
+    recovery_of = summary.get("recovery_of", {}).get(product["system"], {})
     return {
         "name": name,
         "created": created,
         "how": how,
-        "model": digests["touch up" if product == TOUCHED_UP else f"write {method}"],
+        "model": digests[product["step"]],
         "method": method,
-        "touched_up": product == TOUCHED_UP,
+        "touched_up": product["system"] == TOUCHED_UP,
         "scaling": summary["scaling"],
         "base": experiment["base"],
         "languages": experiment["languages"],

@@ -137,6 +137,11 @@ def write_model(step: Step, inputs: Mapping[str, Any]) -> Any:
     return _perform(step, inputs)
 
 
+def add_task_vectors(step: Step, inputs: Mapping[str, Any]) -> Any:
+    """One more language on top of a finished model."""
+    return _perform(step, inputs)
+
+
 def touch_up(step: Step, inputs: Mapping[str, Any]) -> Any:
     """The merged model, trained further; resumes from its last checkpoint."""
     return _perform(step, inputs)
@@ -174,6 +179,7 @@ TASKS = {
         ("scaling", score_scaling),
         ("scaling", select_scaling),
         ("merge", write_model),
+        ("merge", add_task_vectors),
         ("merge", touch_up),
         ("evaluate", evaluate_model),
         ("evaluate", score_comet),

@@ -140,7 +140,8 @@ def _facts(run: Run) -> str:
     summary = run.summary
     given = summary.get("experiment") or {}
     method = (given.get("merge") or {}).get("method")
-    own = run.systems.get(product_of(given), {}) if method else {}
+    product = product_of(summary)["system"] if method else ""
+    own = run.systems.get(product, {})
     corpora = (summary.get("corpora") or {}).values()
     trained = [split["train"] for split in corpora if "train" in split]
     hours = sum(facts.get("hours", facts.get("seconds", 0) / 3600) for facts in trained)
@@ -149,7 +150,7 @@ def _facts(run: Run) -> str:
         "languages": ", ".join(given.get("languages") or dict.fromkeys(language for language, _ in run.pairs())),
         "tasks": ", ".join(given.get("tasks") or dict.fromkeys(task for _, task in run.pairs())),
         "training data": f"{hours:.1f} h" if hours else None,
-        "merged with": f"{method}, touched up" if method and product_of(given) == TOUCHED_UP else method,
+        "merged with": f"{method}, touched up" if product == TOUCHED_UP else method,
         "scaling coefficient": number(summary.get("scaling"), "{:g}") if "scaling" in summary else None,
         "recovery": number(own["recovery"], "{:.2f}") if own.get("recovery") is not None else None,
     }

@@ -9,6 +9,7 @@ from lors.stages.data import keep_base, prepare_split
 from lors.stages.diagnosing import diagnose_experts
 from lors.stages.evaluating import evaluate_model
 from lors.stages.merging import (
+    add_task_vectors,
     combine_task_vectors,
     extract_task_vector,
     prune_task_vector,
@@ -20,6 +21,7 @@ from lors.stages.scoring import score_comet, score_systems
 from lors.stages.training import fine_tune, touch_up
 
 __all__ = [
+    "add_task_vectors",
     "combine_task_vectors",
     "diagnose_experts",
     "evaluate_model",

@@ -17,6 +17,7 @@ from lors.stages.validating import validation_values
 from lors.store import write_json
 
 __all__ = [
+    "add_task_vectors",
     "combine_task_vectors",
     "extract_task_vector",
     "prune_task_vector",
@@ -167,6 +168,34 @@ def write_model(
     return {"scaling": chosen["scaling"], "parameters": written.parameters}
 
 
+def add_task_vectors(
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    places: Mapping[str, Any],
+    digests: Mapping[str, str],
+    out: str,
+    threads: int,
+    **_: Any,
+) -> dict[str, Any]:
+    """The model `start` with one more language's task vectors on top of it: a complete folder in its dtypes."""
+    from lors.checkpoint import Checkpoint
+    from lors.model_writer import write_model_folder
+
+    use(threads)
+    base, start, chosen = Checkpoint(places["base"]), Checkpoint(inputs["start"]), {"scaling": settings["scaling"]}
+    vectors = {expert: inputs[f"vector-{expert}"] for expert in settings["weights"]}
+    with _combined(base, vectors, settings["recipe"], settings["weights"], threads, Path(out).parent) as deltas:
+        write_model_folder(
+            Path(out),
+            start,
+            _on_top(start, deltas, settings["recipe"]["groups"], {**chosen, "factors": {}}),
+            title=f"{' and '.join(vectors)} added",
+            text=f"A finished model plus {settings['scaling']:g} times the task vector of {' and '.join(vectors)}.",
+            provenance={"added": list(vectors), **chosen, "digests": dict(digests)},
+        )
+    return chosen
+
+
 def _scaling(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((Path(folder) / "scaling.json").read_text())
     return found
@@ -201,30 +230,37 @@ def _merged(
     threads: int,
     scratch: Path,
 ) -> Iterator[tuple[str, Any]]:
-    """(name, base + scaling * delta in the base's dtype) for every float tensor: the search and the result share it.
-
-    A group that was given a coefficient of its own keeps it.
-    """
+    """(name, base + scaling * delta in the base's dtype) for every float tensor: the search and the result share it."""
     from lors.checkpoint import Checkpoint
     from lors.delta_file import DeltaFile
-    from lors.merging.recipe import Recipe
-    from lors.task_vector import apply
 
-    checkpoint, recipe, factors = Checkpoint(base), Recipe(groups=settings["groups"]), chosen["factors"]
-
-    def scaled(deltas: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-        for name, delta in deltas:
-            scaling = chosen["scaling"] * factors.get(part_of(name), 1.0)
-            yield name, apply(checkpoint.tensor(name), delta, recipe.scaling_of(name, checkpoint.shape(name), scaling))
-
+    checkpoint, groups = Checkpoint(base), settings["groups"]
     if "combined" in inputs:
         vector = DeltaFile(Path(inputs["combined"]) / VECTOR)
-        yield from scaled((name, vector.delta(name)) for name in checkpoint.float_names)
+        dense = ((name, vector.delta(name)) for name in checkpoint.float_names)
+        yield from _on_top(checkpoint, dense, groups, chosen)
     else:
+        factors = chosen["factors"]
         weights = {expert: weight * factors.get(expert, 1.0) for expert, weight in settings["weights"].items()}
         vectors = {expert: inputs[f"vector-{expert}"] for expert in weights}
         with _combined(checkpoint, vectors, settings["recipe"], weights, threads, scratch) as deltas:
-            yield from scaled(deltas)
+            yield from _on_top(checkpoint, deltas, groups, chosen)
+
+
+def _on_top(
+    model: Any,  # a Checkpoint
+    deltas: Iterator[tuple[str, Any]],
+    groups: Mapping[str, Any],  # of the recipe; one with a coefficient of its own keeps it
+    chosen: Mapping[str, Any],  # {"scaling", "factors"}
+) -> Iterator[tuple[str, Any]]:
+    """(name, model + scaling * delta in the model's dtype)."""
+    from lors.merging.recipe import Recipe
+    from lors.task_vector import apply
+
+    recipe = Recipe.model_validate({"groups": groups})
+    for name, delta in deltas:
+        scaling = chosen["scaling"] * chosen["factors"].get(part_of(name), 1.0)
+        yield name, apply(model.tensor(name), delta, recipe.scaling_of(name, model.shape(name), scaling))
 
 
 @contextmanager

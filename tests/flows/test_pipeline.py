@@ -304,6 +304,18 @@ def test_the_touched_up_model_is_the_one_that_is_written(done: Done) -> None:
     assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (touched.output / "model").iterdir()}
 
 
+def test_the_model_with_a_language_added_is_the_one_that_is_written(done: Done) -> None:
+    own = {"scaling": 0.3, "touch_up": {"steps": 2}, "added": {"languages": ["fr"], "steps": 1}}
+    grown = done.make(merge=own, compare=["lors"], output=str(done.folder / "grown"))
+    assert {"touch up", "add fr", "touch up fr"} <= set(full_pipeline(grown)["computed"])
+    summary = summary_of(grown)
+    assert list(summary["systems"])[-2:] == ["lors", "touched_up"]
+    assert summary["product"] == {"system": "touched_up", "step": "touch up fr"}
+    (version,) = history(grown.output)
+    assert (version["model"], version["scaling"]) == (summary["digests"]["touch up fr"], 0.3)
+    assert "touch up fr,1," in (grown.output / "training.csv").read_text()
+
+
 def test_train_expert_gives_one_compact_expert(done: Done) -> None:
     artifact = Artifact.from_json(train_expert("fr", "translate", done.make()))
     assert artifact.stage == "prune_task_vector"

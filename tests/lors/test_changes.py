@@ -58,6 +58,25 @@ def test_a_language_more_changes_its_lines_alone(tmp_path: Path) -> None:
     assert load_experiment(file) == change.after
 
 
+TOUCHED_UP = TEXT.replace("merge: {", "merge: {touch_up: {steps: 5}, ")
+
+
+def test_a_language_more_is_added_to_a_model_that_is_touched_up(tmp_path: Path) -> None:
+    file = experiment(tmp_path, TOUCHED_UP)
+    afresh = with_language(file, "it", afresh=True)
+    assert afresh.after.merge.added.languages == ()
+    change = with_language(file, "it")
+    assert change.after.merge.added.languages == ("it",)
+    change.write()
+    assert with_language(file, "de").after.merge.added.languages == ("it", "de")
+    assert with_language(file, "de", afresh=True).after.merge.added.languages == ()
+    assert without_language(file, "it").after.merge.added.languages == ()
+    assert without_language(file, "es").after.merge.added.languages == ("it",)
+    without_language(file, "es").write()
+    alone = without_language(file, "fr").after
+    assert (alone.languages, alone.merge.added.languages) == (("it",), ())
+
+
 def test_a_language_may_have_speech_of_its_own(tmp_path: Path) -> None:
     change = with_language(experiment(tmp_path), "nl", {"source": "folder", "path": "data/nl"})
     assert change.after.speech_of("nl").source == "folder"

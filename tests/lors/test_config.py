@@ -133,6 +133,18 @@ def test_unknown_key_goes_before_its_consequences() -> None:
             "merge.weights names 'es-transcrib', which is no expert, did ",
         ),
         ({"merge": {"weights": {"de": 1}}}, "merge.weights names 'de', which is no expert"),
+        (
+            {"merge": {"touch_up": {"steps": 1}, "added": {"languages": ["de"]}}},
+            "merge.added.languages names 'de', which must be among the languages once",
+        ),
+        (
+            {"merge": {"added": {"languages": ["es"]}}},
+            "merge.added.languages are added to a model that is touched up: set ",
+        ),
+        (
+            {"merge": {"touch_up": {"steps": 1}, "added": {"languages": ["es", "fr"]}}},
+            "merge.added.languages names all languages: leave out those to start with",
+        ),
         ({"merge": {"parameters": {"ties": {"densty": 1}}}}, "merge: parameters: ties has no parameter 'densty'"),
         ({"merge": {"parameters": {"tise": {}}}}, "merge: 'tise' is not a merging method, did you mean"),
         ({"merge": {"groups": {"encoder": {"scalng": 1}}}}, "unknown key 'merge.groups.encoder.scalng', did you mean"),

@@ -30,6 +30,7 @@ FILES = {
     "select_scaling": ["scaling.json"],
     "write_model": ["model.safetensors", "config.json", "README.md"],
     "touch_up": ["model.safetensors", "config.json", "README.md", "train.jsonl"],
+    "add_task_vectors": ["model.safetensors", "config.json", "README.md"],
     "evaluate_model": ["hypotheses.parquet"],
     "score_systems": ["results.csv", "table.md"],
     "diagnose_experts": ["diagnosis.json"],
@@ -310,6 +311,57 @@ def test_the_merged_model_is_touched_up_on_all_languages_and_tasks(make: Make, s
     slower = TOUCH_UP | {"touch_up": {"steps": 7, "learning_rate": 1e-5}}
     assert to_run(make(merge=slower), store) == own
     assert "touch up" in to_run(make(merge=TOUCH_UP, prune={"rank_ratio": 0.3}), store)
+
+
+def test_a_language_is_added_to_the_finished_model(make: Make, store: Store) -> None:
+    finish(make(merge=TOUCH_UP, languages=["es"], compare=[]), store)
+
+    def adding(*languages: str, **changes: Any) -> Experiment:
+        added = {"languages": languages, "steps": 3, "scaling": 0.8, "learning_rate": 1e-5} | changes
+        return make(merge=TOUCH_UP | {"added": added}, languages=["es", *languages], compare=[])
+
+    one = adding("fr")
+    expected = {f"{step} fr-{task}" for step in ("fine-tune", "extract", "prune") for task in one.tasks}
+    expected |= {f"evaluate {of} fr-{task}" for of in ("expert", "switched") for task in one.tasks}
+    expected |= {f"prepare fr {split}" for split in SPLITS} | evaluated("base", "fr") | {"diagnose experts"}
+    expected |= {"add fr", "touch up fr", *evaluated("touched_up", "es", "fr"), "score systems"}
+    assert to_run(one, store) == expected
+    steps = build_steps(one, store)
+    assert (one.last_step, one.scaling_step) == ("touch up fr", "select scaling lors first")
+    assert {n: source.step for n, source in steps["add fr"].inputs.items()} == {
+        "start": "touch up",
+        "vector-fr-transcribe": "prune fr-transcribe",
+        "vector-fr-translate": "prune fr-translate",
+    }
+    assert steps["add fr"].settings["scaling"] == 0.8
+    later, first = steps["touch up fr"].settings, steps["touch up"].settings
+    assert (later["finetune"]["steps"], later["finetune"]["learning_rate"]) == (3, 1e-5)
+    assert later["parts"] == [[e.language, e.task] for e in one.experts]
+    assert first["parts"] == later["parts"][:2]
+    finish(one, store)
+
+    again = to_run(adding("fr", "de"), store)
+    assert not {"touch up", "touch up fr"} & again
+    assert {"add de", "touch up de"} <= again
+    untouched = adding("fr", steps=0)
+    steps = build_steps(untouched, store)
+    assert "touch up fr" not in steps
+    assert steps["evaluate touched_up es"].inputs["model"].step == untouched.last_step == "add fr"
+
+
+def test_the_merge_of_all_languages_can_be_compared_with_what_was_added(make: Make, store: Store) -> None:
+    own = TOUCH_UP | {"added": {"languages": ["de"]}}
+    both = make(merge=own, languages=["es", "fr", "de"], compare=["lors"])
+    steps = build_steps(both, store)
+    assert {e.language for e in both.first} == {"es", "fr"}
+    assert set(steps["combine lors first"].inputs) == {e.id for e in both.experts if e.language != "de"}
+    assert set(steps["combine lors"].inputs) == {e.id for e in both.experts}
+    assert steps["score lors first at 0.2"].settings["languages"] == ["es", "fr"]
+    assert steps["touch up"].inputs["start"].step == "write lors first"
+    assert steps["evaluate lors de"].inputs["model"].step == "write lors"
+    assert both.scaling_steps == {"lors": "select scaling lors"}
+    alone = make(merge=own, languages=["es", "fr", "de"], compare=[])
+    assert alone.scaling_steps == {"lors": "select scaling lors first"}
 
 
 def evaluated(system: str, *languages: str) -> set[str]:

@@ -167,6 +167,25 @@ def test_a_merged_model_is_touched_up_in_its_own_dtypes(tmp_path: Path) -> None:
     assert {"train.jsonl", "tokenizer.json"} <= {path.name for path in out.iterdir()}
 
 
+def test_a_task_vector_goes_on_top_of_a_model_in_its_dtypes(tmp_path: Path) -> None:
+    expert, *_ = trained(tmp_path, ["es"])
+    start, *_ = trained(tmp_path, ["fr"])
+    base = {"base": BASE}
+    vector = folder(tmp_path / "vector")
+    stages.extract_task_vector({"expert": str(expert)}, base, {}, str(vector))
+    settings = {"recipe": {"method": "task_arithmetic"}, "weights": {"es-transcribe": 2.0}, "scaling": 0.25}
+    settings["recipe"] |= {"groups": {"encoder": {"scaling": 0}}}
+    inputs, out = {"start": str(start), "vector-es-transcribe": str(vector)}, folder(tmp_path / "added")
+    assert stages.add_task_vectors(settings, inputs, base, {}, str(out), threads=1) == {"scaling": 0.25}
+    own, before, after, taught = (Checkpoint(path) for path in (MODEL_FOLDER, start, out, expert))
+    for name in before.float_names:
+        delta = taught.tensor(name).double() - own.tensor(name).double()
+        expected = before.tensor(name) + (0 if ".encoder." in name else 0.5) * delta
+        torch.testing.assert_close(after.tensor(name), expected.to(before.dtype(name)), rtol=0, atol=1e-6)
+        assert after.dtype(name) == before.dtype(name)
+    assert "0.25 times the task vector of es-transcribe" in (out / "README.md").read_text()
+
+
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     one, done, events = trained(tmp_path, ["es"])
     two, done_together, events_together = trained(tmp_path, ["es"], processes=2)
