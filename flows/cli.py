@@ -310,8 +310,8 @@ def _under_prefect(
 ) -> tuple[dict[str, Any], int]:
     """What a flow returns, run with progress; and how many steps there are."""
     from lors.outputs import require_writable
-    from lors.pipeline import plan
     from lors.s3_store import open_store
+    from lors.steps import plan
     from lors.sweep import build_variants
 
     store = open_store(variants[0].experiment.store)
@@ -342,8 +342,8 @@ def _under_prefect(
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from lors.pipeline import plan
     from lors.s3_store import open_store
+    from lors.steps import plan
     from lors.sweep import build_variants, parse_grid, variants
 
     store = open_store(_experiment(options).store)

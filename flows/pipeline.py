@@ -31,12 +31,13 @@ from lors.isolate import Slots
 from lors.lease import hold
 from lors.network import lost_connection
 from lors.outputs import publish, publish_sweep, require_writable
-from lors.pipeline import Sources, Step, Workspace, keep_base_step, plan, sources_of
+from lors.pipeline import Sources, keep_base_step, sources_of
 from lors.report import write_report
 from lors.resources import shares
 from lors.s3_store import open_store
 from lors.settings import Language, Task
 from lors.speech.corpora.settings import Corpora
+from lors.steps import Step, Workspace, plan
 from lors.store import Artifact
 from lors.sweep import Variant, build_variants, seed_variants
 from tasks.dispatch import Order, require_deployments

@@ -16,21 +16,11 @@ from lors.config import Experiment, parse_experiment, put
 from lors.errors import ConfigError, CorpusError, InputError, LorsError
 from lors.isolate import Slots
 from lors.outputs import publish_scores, require_writable
-from lors.pipeline import (
-    Source,
-    Step,
-    Workspace,
-    decoding_settings,
-    model_digest,
-    plan,
-    prepare_step,
-    resolve_base,
-    run_step,
-    scoring_steps,
-)
+from lors.pipeline import decoding_settings, model_digest, prepare_step, resolve_base, scoring_steps
 from lors.resources import shares
 from lors.s3_store import open_store
 from lors.speech.base_model import check_base
+from lors.steps import Source, Step, Workspace, plan, run_step
 from lors.store import Artifact, Store, write_json
 
 __all__ = ["corpora_of", "evaluate", "name_models", "request"]

@@ -19,7 +19,8 @@ import yaml
 from lors.config import Experiment
 from lors.errors import InputError, LorsError
 from lors.model_folder import read_json
-from lors.pipeline import Step, split_name
+from lors.pipeline import split_name
+from lors.steps import Step
 from lors.store import Artifact, Store, file_digest, storage_errors, write_json
 from lors.sweep import Variant, sweep_table
 from lors.training.settings import LOG

@@ -18,8 +18,9 @@ import yaml
 
 from lors.config import Experiment, load_experiment
 from lors.errors import ConfigError
-from lors.pipeline import VERSIONS, Sources, Step, build_steps
+from lors.pipeline import Sources, build_steps
 from lors.settings import Section
+from lors.steps import VERSIONS, Step
 from lors.store import Store, step_key
 
 __all__ = ["Variant", "build_variants", "join", "parse_grid", "seed_variants", "sweep_table", "variants"]

@@ -13,8 +13,8 @@ from typing import Any
 from uuid import UUID
 
 from lors.errors import StepFailedError
-from lors.pipeline import Workspace
 from lors.secrets import redact
+from lors.steps import Workspace
 from lors.store import Artifact
 from tasks.dispatch import Order, cancel
 

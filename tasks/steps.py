@@ -13,7 +13,7 @@ from prefect.states import Completed
 from prefect.tasks import Task
 
 from lors.errors import InputError
-from lors.pipeline import Step, run_step
+from lors.steps import Step, run_step
 from lors.store import Artifact
 from lors.training.settings import LOG
 from tasks.dispatch import Order, train_on_worker

@@ -12,7 +12,7 @@ from typing import Any
 from lors.config import Experiment
 from lors.errors import CheckpointError, LorsError
 from lors.isolate import Slots
-from lors.pipeline import Step, Workspace, plan, prepare_step, resolve_base, run_step
+from lors.pipeline import prepare_step, resolve_base
 from lors.resources import shares
 from lors.s3_store import open_store
 from lors.speech.base_model import check_base
@@ -27,6 +27,7 @@ from lors.speech.data_facts import (
     overlaps_of_splits,
 )
 from lors.speech.data_findings import SEVERITIES, Finding, findings_of
+from lors.steps import Step, Workspace, plan, run_step
 from lors.store import Store
 
 __all__ = ["DataReport", "check"]

@@ -1,4 +1,4 @@
-"""What each step computes: files in, files out, figures back. Run in a child process by `lors.pipeline.run_step`.
+"""What each step computes: files in, files out, figures back. Run in a child process by `lors.steps.run_step`.
 
 Every stage takes `settings` (its part of the key), `inputs` (input name to folder), `places` (of what is not in the
 store), `digests` (of all inputs), `out` (an empty folder for its files), `work` (survives a crash), `threads`, and

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from lors.config import Experiment
-from lors.pipeline import build_steps, plan
+from lors.pipeline import build_steps
+from lors.steps import plan
 from lors.store import Store
 
 

@@ -15,8 +15,9 @@ import soundfile
 
 from lors.config import Experiment, parse_experiment
 from lors.errors import CheckpointError, ConfigError, CorpusError, InputError
-from lors.pipeline import VERSIONS, Step, build_steps, plan
+from lors.pipeline import build_steps
 from lors.starter import MODEL_FOLDER
+from lors.steps import VERSIONS, Step, plan
 from lors.store import Artifact, Store
 from lors.training.settings import Finetune
 

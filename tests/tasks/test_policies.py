@@ -19,7 +19,7 @@ from prefect.serializers import JSONSerializer, PickleSerializer, Serializer
 
 from lors import errors, stages
 from lors.isolate import Slots
-from lors.pipeline import VERSIONS, Source, Step, Workspace
+from lors.steps import VERSIONS, Source, Step, Workspace
 from lors.store import Artifact, Store
 from tasks.policies import cache_key, can_pass
 from tasks.runtime import Runtime, runtime_of, use

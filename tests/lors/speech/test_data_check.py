@@ -18,7 +18,7 @@ from speech_sounds import sound
 
 from lors.config import Experiment, parse_experiment
 from lors.errors import CheckpointError, ConfigError
-from lors.pipeline import build_steps, plan
+from lors.pipeline import build_steps
 from lors.speech.architecture import architecture_of
 from lors.speech.corpus import SAMPLE_RATE, Candidate, read_split, write_split
 from lors.speech.data_check import DataReport, check
@@ -26,6 +26,7 @@ from lors.speech.data_check_page import page
 from lors.speech.data_facts import Cases, Distribution, misfits, order_correlation, sample_audio
 from lors.speech.data_findings import SEVERITIES
 from lors.speech.scripts import is_foreign, script
+from lors.steps import plan
 from lors.store import Store
 from lors.training.examples import examples_for
 
