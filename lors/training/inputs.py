@@ -172,7 +172,7 @@ class Inputs:
 
     def _others(self, prompts: Prompts, piece: Sequence[Draw], features: Sequence[Any], window: float) -> Others:
         """What stands beside each utterance: it again, or one of another language, with another prompt."""
-        asked, heard, own = [], list(features), True
+        asked, spoken = [], dict[int, _Heard]()
         longest = max(self._seconds(draw) for draw in piece)
         for place, draw in enumerate(piece):
             seed = self._draw_seed(draw)
@@ -181,8 +181,12 @@ class Inputs:
             else:
                 utterance, labels = found
                 asked.append(labels)
-                heard[place], own = self._features.features([_Heard(utterance, 1.0)])[0], False
-        inputs = None if own else self._architecture.collate(self._config, heard, window)
+                spoken[place] = _Heard(utterance, 1.0)
+        inputs = None
+        if spoken:
+            heard = dict(enumerate(features))
+            heard |= zip(spoken, self._features.features(list(spoken.values())), strict=True)
+            inputs = self._architecture.collate(self._config, list(heard.values()), window)
         return Others(*self._read_and_written(asked), inputs)
 
     def _read_and_written(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:  # both (B, T)

@@ -80,7 +80,7 @@ class Preserve(Section):
     speech: tuple[Language, ...] = ()
     """Languages whose speech the expert is held to the base on too, with their own prompts, for half of the utterances
     (rehearsal; what was written there need not be known); none: on its own language's speech alone."""
-    utterances: PositiveInt = 100
+    utterances: PositiveInt = 500
     """The first so many of the training split of each language of `speech`."""
 
 
