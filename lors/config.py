@@ -25,7 +25,7 @@ from lors.speech.corpora.settings import (
     ManifestCorpora,
     SyntheticCorpora,
 )
-from lors.training.settings import Finetune
+from lors.training.settings import Finetune, Validation
 
 __all__ = [
     "TOUCHED_UP",
@@ -75,6 +75,8 @@ class TouchUp(Section):
     """The peak; None: that of `finetune`."""
     freeze: tuple[str, ...] = ()
     """What is not trained, as in `finetune`."""
+    validation: Validation | None = None
+    """As in `finetune`; with `start` the merged model stays as it is where training it further makes it no better."""
 
 
 class Added(Section):

@@ -324,7 +324,7 @@ class _Builder:
             start = self.merge(method, {expert: vectors[expert] for expert in experiment.first}, corpora, " first")
         model = self.touch_up("touch up", own, spoken, corpora, start)
         peak = added.learning_rate or own.learning_rate
-        later = own.model_copy(update={"steps": added.steps, "learning_rate": peak})
+        later = own.model_copy(update={"steps": added.steps, "learning_rate": peak, "validation": None})
         for language in added.languages:
             spoken[language] = None
             new = {expert: vector for expert, vector in vectors.items() if expert.language == language}
@@ -337,7 +337,8 @@ class _Builder:
         self, name: str, own: TouchUp, languages: Collection[str], corpora: Mapping[str, Corpus], start: str
     ) -> str:
         """A model of several languages, trained further on all of them and all tasks."""
-        changes: dict[str, Any] = {"steps": own.steps, "freeze": own.freeze, "max_hours": None, "lora": None}
+        changes: dict[str, Any] = {"steps": own.steps, "freeze": own.freeze, "validation": own.validation}
+        changes |= {"max_hours": None, "lora": None}
         if own.learning_rate is not None:
             changes["learning_rate"] = own.learning_rate
         finetune = self.experiment.finetune.model_copy(update=changes)

@@ -40,8 +40,8 @@ class Progress:
     """Of training, those before a resume included."""
     skipped: int = 0
     """Updates that overflowed fp16 and changed nothing."""
-    validated: int = 0
-    """The step of the last validation."""
+    validated: int = -1
+    """The step of the last validation; -1 before the first."""
     best_step: int | None = None
     best_value: float = 0.0
     without_better: int = 0

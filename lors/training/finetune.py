@@ -330,6 +330,8 @@ def _first_of_each(examples: Sequence[Example], limit: int | None) -> list[Examp
 
 def _validation_due(settings: Finetune, progress: Progress) -> bool:
     assert settings.validation is not None
+    if progress.step == 0:
+        return settings.validation.start and progress.validated < 0
     last = steps_done(settings, progress) >= settings.steps
     return progress.step > progress.validated and (last or progress.step % settings.validation.every == 0)
 

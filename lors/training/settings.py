@@ -64,6 +64,8 @@ class Validation(Section):
     """Stop after so many validations without a better one; None trains to the end."""
     limit: PositiveInt | None = None
     """The first so many utterances of the split; None takes all."""
+    start: bool = False
+    """Validate what the training starts from, too, and keep that where no step is better."""
 
 
 class Preserve(Section):
@@ -149,6 +151,8 @@ class Finetune(Section):
             del found["preserve"]
         elif not self.preserve.speech:
             del found["preserve"]["speech"], found["preserve"]["utterances"]
+        if self.validation is not None and not self.validation.start:
+            del found["validation"]["start"]
         return found
 
     @property

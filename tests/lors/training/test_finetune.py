@@ -340,6 +340,32 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
         )
 
 
+def test_what_a_training_starts_from_is_kept_where_no_step_is_better(tmp_path: Path) -> None:
+    values, model = iter([3.0, 5.0, 3.0]), tiny_model()
+    start, own = weights(model), settings(steps=6, validation={"every": 3, "start": True})
+    result = fine_tune(model, examples(), examples(3), own, tmp_path, score=lambda _: next(values))
+    assert (result["best_step"], result["best_value"], result["steps"]) == (0, 3.0, 6)
+    assert_same(weights(model), start)
+    lines = [(e["step"], e["validation_score"]) for e in log_of(tmp_path) if "validation_score" in e]
+    assert lines == [(0, 3.0), (3, 5.0), (6, 3.0)]
+
+
+def test_a_training_killed_while_it_validates_its_start_begins_again(tmp_path: Path) -> None:
+    own = settings(steps=3, validation={"every": 3, "start": True})
+
+    def killed(_: Any) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(tiny_model(), examples(), examples(3), own, tmp_path, score=killed)
+    (tmp_path / LOG).write_text('{"step": 0, "validation_score": 9.0, "best_step": 0}\n')
+    values = iter([2.0, 1.0])
+    result = fine_tune(tiny_model(), examples(), examples(3), own, tmp_path, score=lambda _: next(values))
+    assert result["best_step"] == 3
+    lines = [(e["step"], e["validation_score"]) for e in log_of(tmp_path) if "validation_score" in e]
+    assert lines == [(0, 2.0), (3, 1.0)]
+
+
 def test_patience_ends_the_training(tmp_path: Path) -> None:
     values = iter([5.0, 4.0, 4.5, 4.0, 1.0])
     own = settings(steps=100, validation={"every": 2, "patience": 2})
