@@ -41,7 +41,7 @@ FIELDS = {
     "train-expert": ["language", "task", "experiment", "file", "sources"],
     "train-baselines": ["experiment", "sources"],
     "merge-and-evaluate": ["experiment", "file"],
-    "add-language": ["file", "language", "corpora", "tolerance", "accept", "dispatch"],
+    "add-language": ["file", "language", "corpora", "tolerance", "accept", "dispatch", "afresh"],
     "remove-language": ["file", "language", "tolerance", "accept"],
 }
 
