@@ -75,6 +75,9 @@ class TouchUp(Section):
     """The peak; None: that of `finetune`."""
     freeze: tuple[str, ...] = ()
     """What is not trained, as in `finetune`."""
+    speech: tuple[Language, ...] | None = None
+    """Languages on whose speech the model is held to the base, as in `finetune.preserve`, which says so where this is
+    left out: languages to guard, say, and no others, hold those better."""
     validation: Validation | None = None
     """As in `finetune`; with `start` the merged model stays as it is where training it further makes it no better."""
 
@@ -299,7 +302,7 @@ class Experiment(Section):
         for guard in self.evaluate.guard:
             if guard in self.languages:
                 raise ValueError(f"evaluate.guard names {guard!r}, which experts are trained for: name others")
-        self._check_added()
+        self._check_touch_up()
         if self.sequence is not None and sorted(self.sequence) != sorted(self.languages):
             raise ValueError(f"sequence must name each of the languages once: {', '.join(self.languages)}")
         for name, settings in (("corpora.overrides", self.corpora.overrides), ("corpora_of", self.corpora_of)):
@@ -313,11 +316,13 @@ class Experiment(Section):
         self._check_paths()
         return self
 
-    def _check_added(self) -> None:
+    def _check_touch_up(self) -> None:
         added = self.merge.added.languages
         for language in added:
             if language not in self.languages or added.count(language) > 1:
                 raise ValueError(f"merge.added.languages names {language!r}, which must be among the languages once")
+        if self.finetune.preserve is None and self.merge.touch_up is not None and self.merge.touch_up.speech:
+            raise ValueError("merge.touch_up.speech is what a model is held to the base on: set finetune.preserve too")
         if added and self.merge.touch_up is None:
             raise ValueError("merge.added.languages are added to a model that is touched up: set merge.touch_up too")
         if len(added) == len(self.languages):
@@ -385,8 +390,11 @@ class Experiment(Section):
 
     @property
     def held(self) -> tuple[str, ...]:
-        """The languages on whose speech the experts of others are held to the base."""
-        return () if self.finetune.preserve is None else self.finetune.preserve.speech
+        """The languages on whose speech models of others are held to the base."""
+        if self.finetune.preserve is None:
+            return ()
+        touch_up = () if self.merge.touch_up is None else self.merge.touch_up.speech or ()
+        return tuple(dict.fromkeys((*self.finetune.preserve.speech, *touch_up)))
 
     @property
     def heard(self) -> tuple[str, ...]:

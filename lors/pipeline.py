@@ -341,6 +341,8 @@ class _Builder:
         changes |= {"max_hours": None, "lora": None}
         if own.learning_rate is not None:
             changes["learning_rate"] = own.learning_rate
+        if own.speech is not None and self.experiment.finetune.preserve is not None:
+            changes["preserve"] = self.experiment.finetune.preserve.model_copy(update={"speech": own.speech})
         finetune = self.experiment.finetune.model_copy(update=changes)
         parts = [expert for expert in self.experiment.experts if expert.language in languages]
         return self._train(name, "touch_up", finetune, parts, corpora, start)

@@ -145,6 +145,10 @@ def test_unknown_key_goes_before_its_consequences() -> None:
             {"merge": {"touch_up": {"steps": 1}, "added": {"languages": ["es", "fr"]}}},
             "merge.added.languages names all languages: leave out those to start with",
         ),
+        (
+            {"merge": {"touch_up": {"steps": 1, "speech": ["it"]}}},
+            "merge.touch_up.speech is what a model is held to the base on: set finetune.preserve too",
+        ),
         ({"merge": {"parameters": {"ties": {"densty": 1}}}}, "merge: parameters: ties has no parameter 'densty'"),
         ({"merge": {"parameters": {"tise": {}}}}, "merge: 'tise' is not a merging method, did you mean"),
         ({"merge": {"groups": {"encoder": {"scalng": 1}}}}, "unknown key 'merge.groups.encoder.scalng', did you mean"),

@@ -314,6 +314,20 @@ def test_the_merged_model_is_touched_up_on_all_languages_and_tasks(make: Make, s
     assert "touch up" in to_run(make(merge=TOUCH_UP, prune={"rank_ratio": 0.3}), store)
 
 
+def test_the_touched_up_model_may_be_held_on_other_speech_than_the_experts(make: Make, store: Store) -> None:
+    own = TOUCH_UP | {"touch_up": {"steps": 7, "speech": ["de"]}}
+    held = {"preserve": {"speech": ["es"], "utterances": 1}}
+    guarded = make(finetune=held, merge=own)
+    assert guarded.held == ("es", "de")
+    steps = build_steps(guarded, store)
+    assert steps["touch up"].inputs["held-de"].step == "prepare de held"
+    assert steps["touch up"].settings["finetune"]["preserve"]["speech"] == ["de"]
+    assert {n for n, step in steps.items() if "held-es" in step.inputs} == {
+        "fine-tune fr-transcribe",
+        "fine-tune fr-translate",
+    }
+
+
 def test_a_language_is_added_to_the_finished_model(make: Make, store: Store) -> None:
     finish(make(merge=TOUCH_UP, languages=["es"], compare=[]), store)
 
