@@ -51,7 +51,8 @@ def touch_up(
 
     trained = Path(work) / "trained"
     shutil.rmtree(trained, ignore_errors=True)
-    result = fine_tune(work, report, settings=settings, inputs=inputs, digests=digests, out=str(trained), **arguments)
+    arguments |= {"settings": settings, "inputs": inputs, "digests": digests, "out": str(trained)}
+    result = fine_tune(work, report, judged=settings["finetune"].get("validation") is not None, **arguments)
     merged, own = Checkpoint(inputs["start"]), Checkpoint(trained)
     check_compatible(merged, own)
     taught = " and ".join(f"{language}-{task}" for language, task in settings["parts"])
@@ -75,6 +76,7 @@ def train(
     work: str,
     threads: int,
     report: Report,
+    judged: bool = True,  # whether the figures have the loss on the validation splits
     **_: Any,
 ) -> dict[str, Any]:
     """What `fine_tune` does in each of its processes; the first one writes the files."""
@@ -98,7 +100,7 @@ def train(
         result = finetune.fine_tune(
             model,
             examples["train"],
-            examples["validation"],
+            examples["validation"] if judged else [],
             own,
             training,
             tell,
