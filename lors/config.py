@@ -92,7 +92,7 @@ class Added(Section):
     `lors add-language` lists its language here."""
     scaling: Annotated[float, Field(ge=0)] = 1.0
     """The scaling coefficient of the task vectors of each."""
-    steps: NonNegativeInt = 40
+    steps: NonNegativeInt = 30
     """Updates after each; 0: none."""
     learning_rate: PositiveFloat | None = None
     """The peak; None: the touch-up's."""
