@@ -11,17 +11,20 @@ from contextlib import contextmanager
 
 from processes import within
 
-# The bucket `careless` ignores conditions, as older servers do. One thread: moto itself does not lock its buckets.
+# The bucket `careless` ignores conditions, as older servers do. One thread: moto itself does not lock its buckets. So a
+# client that was stopped between its connection and its request is waited for no longer than `timeout`.
 _SERVER = """
 import sys
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import run_simple
+from werkzeug.serving import WSGIRequestHandler, run_simple
+class Handler(WSGIRequestHandler):
+    timeout = 1
 moto = DomainDispatcherApplication(create_backend_app)
 def application(environ, start):
     if environ["PATH_INFO"].startswith("/careless"):
         environ.pop("HTTP_IF_NONE_MATCH", None), environ.pop("HTTP_IF_MATCH", None)
     return moto(environ, start)
-run_simple("127.0.0.1", int(sys.argv[1]), application)
+run_simple("127.0.0.1", int(sys.argv[1]), application, request_handler=Handler)
 """
 
 

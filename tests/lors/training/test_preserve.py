@@ -327,5 +327,7 @@ def test_the_identity_of_a_training_from_before_is_kept() -> None:
     assert settings(tasks="together").identity() == plain  # its parts say that
     held = {"weight": 1.0, "languages": []}
     assert settings(preserve={}).identity() == plain | {"preserve": held}
-    with_speech = {"preserve": {**held, "speech": ["it"], "utterances": 100}}
+    with_speech = {"preserve": {**held, "speech": ["it"], "utterances": 500}}
     assert settings(preserve={"speech": ["it"]}).identity() == plain | with_speech
+    assert "start" not in settings(validation={"every": 1}).identity()["validation"]
+    assert settings(validation={"every": 1, "start": True}).identity()["validation"]["start"]
