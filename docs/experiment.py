@@ -16,7 +16,7 @@ One YAML file holds everything that a run depends on. Unknown keys are refused, 
 relative to the folder that the command runs in. `--set key=value` changes a setting for one command, as in
 `--set prune.rank_ratio=0.2` or `--set 'merge.scaling={search: [0.2, 0.4]}'`.
 
-This page is printed by `python docs/experiment.py` from the models in `lors/config.py`.
+This page is printed by `python docs/experiment.py` from the models that `lors/config.py` puts together.
 """
 
 ALIKE = ("overrides", "corpora_of")

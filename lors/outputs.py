@@ -19,7 +19,7 @@ import yaml
 from lors.config import Experiment
 from lors.errors import InputError, LorsError
 from lors.model_folder import read_json
-from lors.pipeline import split_name
+from lors.pipeline import product_step, scaling_step, split_name
 from lors.steps import Step
 from lors.store import Artifact, Store, file_digest, storage_errors, write_json
 from lors.sweep import Variant, sweep_table
@@ -61,7 +61,7 @@ def publish(
     right content are left alone; where another model is there, it is kept as an earlier version (`lors.versions`), and
     `how` says what made the new one. Without `models`, no merged model, no compact experts and no version.
     """
-    output, product = experiment.output, artifacts[experiment.last_step]
+    output, product = experiment.output, artifacts[product_step(experiment)]
     if models:
         keep_current(output, product.digest)
     scores = store.path(artifacts["score systems"])
@@ -83,6 +83,8 @@ def publish(
         _prune_folder(output / "experts", set(kept))
         if models:
             _publish_model(store, product, output / "model", _card(experiment, scores))
+        curves = {experiment.merge.method: scaling_step(experiment)}
+        curves |= {system: f"select scaling {system}" for system in experiment.systems}
         settings = yaml.safe_dump(experiment.model_dump(mode="json", exclude_unset=True), sort_keys=False)
         (output / "experiment.yaml").write_text(settings, "utf-8")
         (output / "training.csv").write_text(_training(steps, artifacts, store), "utf-8")
@@ -93,12 +95,11 @@ def publish(
         summary = {
             **common,
             "model": f"{experiment.product}, in model/" if models else None,
-            "product": {"system": experiment.product, "step": experiment.last_step},
+            "product": {"system": experiment.product, "step": product_step(experiment)},
             "sizes": sizes,
-            "scaling": artifacts[experiment.scaling_step].summary["scaling"],
+            "scaling": artifacts[scaling_step(experiment)].summary["scaling"],
             "curves": {
-                system: read_json(store.path(artifacts[step]) / "scaling.json")
-                for system, step in experiment.scaling_steps.items()
+                system: read_json(store.path(artifacts[step]) / "scaling.json") for system, step in curves.items()
             },
             "seeds": {"finetune": experiment.finetune.seed, "corpora": getattr(experiment.corpora, "seed", None)},
             "experiment": experiment.model_dump(mode="json"),

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lors.config import TOUCHED_UP, Evaluate, Experiment, Expert, TouchUp
+from lors.config import Evaluate, Experiment, Expert
 from lors.errors import ConfigError, InputError
 from lors.merging.recipe import Recipe
 from lors.merging.registry import METHODS
+from lors.merging.settings import TOUCHED_UP, TouchUp
 from lors.model_folder import folder_digest, resolve_folder
 from lors.prune_settings import PruneSettings
 from lors.scaling import schedule
@@ -44,7 +45,9 @@ __all__ = [
     "keep_base_step",
     "model_digest",
     "prepare_step",
+    "product_step",
     "resolve_base",
+    "scaling_step",
     "scoring_steps",
     "sources_of",
     "split_name",
@@ -162,6 +165,25 @@ def prepare_step(
         places=source.places,
         language=language,
     )
+
+
+_FIRST = " first"
+"""In the names of the steps of the merge that languages are added to."""
+
+
+def product_step(experiment: Experiment) -> str:
+    """The step that makes the model which is written (`Experiment.product`)."""
+    merge = experiment.merge
+    if merge.touch_up is None:
+        return f"write {merge.method}"
+    if not merge.added.languages:
+        return "touch up"
+    return f"{'touch up' if merge.added.steps else 'add'} {merge.added.languages[-1]}"
+
+
+def scaling_step(experiment: Experiment) -> str:
+    """The step that has the scaling coefficient of the merge which that model comes from."""
+    return f"select scaling {experiment.merge.method}" + (_FIRST if experiment.merge.added.languages else "")
 
 
 Corpus = Mapping[str, str]
@@ -321,7 +343,7 @@ class _Builder:
         method = experiment.merge.method
         start = f"write {method}"
         if added.languages:
-            start = self.merge(method, {expert: vectors[expert] for expert in experiment.first}, corpora, " first")
+            start = self.merge(method, {expert: vectors[expert] for expert in experiment.first}, corpora, _FIRST)
         model = self.touch_up("touch up", own, spoken, corpora, start)
         peak = added.learning_rate or own.learning_rate
         later = own.model_copy(update={"steps": added.steps, "learning_rate": peak, "validation": None})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lors.groups import in_group
 
 if TYPE_CHECKING:
-    from lors.config import ScalingSearch
+    from lors.merging.settings import ScalingSearch
 
 __all__ = ["PARTS", "Round", "choose", "higher_is_better", "part_of", "points", "propose", "schedule"]
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from lors.config import TOUCHED_UP
 from lors.errors import CheckpointError, InputError
+from lors.merging.settings import TOUCHED_UP
 from lors.settings import nearest
 from lors.store import file_digest, storage_errors, sync_to_disk, write_json
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from lors.config import TOUCHED_UP
 from lors.drawing import Mark, Span, document, line_plot, number, span_bars
+from lors.merging.settings import TOUCHED_UP
 from lors.report.parts import LABELS, Cell, Section, between, download, table, wide
 from lors.report.run import Run, flat_settings, load_runs
 from lors.report.samples import Sample, choose_samples, compare

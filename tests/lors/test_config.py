@@ -12,8 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lors.config import ScalingSearch, load_experiment, parse_experiment
+from lors.config import load_experiment, parse_experiment
 from lors.errors import ConfigError
+from lors.merging.settings import ScalingSearch
 from lors.speech.corpora.settings import DatasetsCorpora, Hours, Limits, ManifestCorpora, SyntheticCorpora
 
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"

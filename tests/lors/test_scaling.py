@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lors.config import ScalingSearch
+from lors.merging.settings import ScalingSearch
 from lors.scaling import PARTS, Round, choose, higher_is_better, part_of, points, propose, schedule
 from lors.scoring.metrics import LOWER_IS_BETTER, METRICS
 
