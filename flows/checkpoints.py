@@ -13,17 +13,33 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lors.errors import ConfigError, InputError
+from flows.checkpoint_options import (
+    EXPERT,
+    add_base,
+    add_experts,
+    add_force,
+    add_merge,
+    add_out,
+    add_pruning,
+    add_workers,
+    chooses_recipe,
+    experts_of,
+    given_pruning,
+    pruning_of,
+    recipe_of,
+    removed_of,
+    weights_of,
+)
+from flows.method_list import list_methods
+from lors.errors import InputError
 from lors.model_folder import DigestsAhead
 
 __all__ = ["add_commands"]
-
-_EXPERT = "a model folder, a Hugging Face id or a compact expert (.safetensors)"
 
 
 def add_commands(add: Callable[..., Any]) -> None:
@@ -40,7 +56,7 @@ def add_commands(add: Callable[..., Any]) -> None:
         "lors merge --into all.safetensors --base starter --expert es=runs/es --method ties",
         "lors merge --into all.safetensors --expert it=runs/it --remove es --out merged",
     )
-    _add_merge(merge)
+    add_merge(merge)
     prune = add(
         "prune",
         _prune,
@@ -48,8 +64,8 @@ def add_commands(add: Callable[..., Any]) -> None:
         "lors prune --base openai/whisper-small --expert runs/es --out es.safetensors --budget 20MB",
         "lors prune --base openai/whisper-small --expert runs/es --out es.safetensors --rank-ratio 0.05 --density 0.02",
     )
-    _add_base(prune)
-    prune.add_argument("--expert", required=True, metavar="MODEL", help=_EXPERT)
+    add_base(prune)
+    prune.add_argument("--expert", required=True, metavar="MODEL", help=EXPERT)
     prune.add_argument("--out", type=Path, required=True, metavar="FILE", help="the compact expert, FILE.safetensors")
     prune.add_argument("--budget", metavar="SIZE", help="as large as this, such as 20MB: ranks and densities by energy")
     prune.add_argument(
@@ -57,29 +73,29 @@ def add_commands(add: Callable[..., Any]) -> None:
         choices=("float32", "bfloat16", "float16", "int8"),
         help="of what is stored (default: float32; with --budget what keeps most energy in it)",
     )
-    _add_pruning(prune)
-    _add_workers(prune)
+    add_pruning(prune)
+    add_workers(prune)
     apply = add(
         "apply",
         _apply,
         "Apply a compact expert to its base: a complete model folder.",
         "lors apply --base openai/whisper-small --expert es.safetensors --out es",
     )
-    _add_base(apply)
+    add_base(apply)
     apply.add_argument("--expert", required=True, metavar="FILE", help="a compact expert (.safetensors)")
-    _add_out(apply, "the model")
+    add_out(apply, "the model")
     apply.add_argument("--scaling", type=float, default=1.0, metavar="LAMBDA", help="times its delta (default: 1)")
-    _add_force(apply)
-    _add_workers(apply)
+    add_force(apply)
+    add_workers(apply)
     export = add(
         "export-lora",
         _export_lora,
         "Write the low-rank part of a compact expert as a PEFT LoRA adapter.",
         "lors export-lora --base openai/whisper-small --expert es.safetensors --out es-lora",
     )
-    _add_base(export)
+    add_base(export)
     export.add_argument("--expert", required=True, metavar="FILE", help="a compact expert (.safetensors)")
-    _add_out(export, "the adapter")
+    add_out(export, "the adapter")
     export.add_argument("--scaling", type=float, default=1.0, metavar="LAMBDA", help="times its delta (default: 1)")
     diagnose = add(
         "diagnose",
@@ -87,12 +103,12 @@ def add_commands(add: Callable[..., Any]) -> None:
         "Show how experts differ from their base and from one another, before merging: energy, ranks, interference.",
         "lors diagnose --base openai/whisper-small --expert es=runs/es --expert fr=runs/fr --out diagnosis",
     )
-    _add_base(diagnose)
-    _add_experts(diagnose)
+    add_base(diagnose)
+    add_experts(diagnose)
     diagnose.add_argument(
         "--out", type=Path, metavar="FOLDER", help="diagnosis.json and diagnosis.html; must not exist or be empty"
     )
-    _add_force(diagnose)
+    add_force(diagnose)
 
 
 def _added(add: Callable[..., Any], name: str, command: Callable[[argparse.Namespace], int], *texts: str) -> Any:
@@ -132,80 +148,9 @@ def _start() -> None:
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # malloc.h
 
 
-def _add_base(command: Any, required: bool = True) -> None:
-    command.add_argument(
-        "--base", required=required, metavar="MODEL", help="what the experts were fine-tuned from: folder or hub id"
-    )
-
-
-def _add_experts(command: Any) -> None:
-    command.add_argument("--expert", action="append", default=[], metavar="[ID=]MODEL", help=f"{_EXPERT}; repeat")
-
-
-def _add_out(command: Any, what: str, required: bool = True) -> None:
-    command.add_argument(
-        "--out", type=Path, required=required, metavar="FOLDER", help=f"{what}; must not exist or be empty"
-    )
-
-
-def _add_force(command: Any) -> None:
-    command.add_argument("--force", action="store_true", help="take a compact expert of another base all the same")
-
-
-def _add_workers(command: Any) -> None:
-    command.add_argument("--workers", type=_positive, metavar="N", help="threads (default: the cores of this process)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
-def _add_pruning(command: Any) -> None:
-    group = command.add_argument_group("LoRS pruning")
-    group.add_argument("--composition", choices=("additive", "sequential", "low_rank", "sparse"))
-    group.add_argument("--rank-ratio", type=float, metavar="R", help="rank over the shorter side, in (0, 1]")
-    group.add_argument("--density", type=float, metavar="D", help="fraction of entries that the sparse part keeps")
-    group.add_argument("--refinements", type=int, metavar="K", help="alternations of both fits (additive only)")
-    group.add_argument("--vectors", choices=("keep", "drop"), help="tensors of fewer than two dimensions")
-    group.add_argument("--include", action="append", metavar="GLOB", help="prune only these parameters; repeat")
-    group.add_argument("--exclude", action="append", metavar="GLOB", help="keep these parameters' deltas whole; repeat")
-
-
-def _add_merge(merge: Any) -> None:
-    merge.add_argument("--list", action="store_true", help="list methods, steps, groups and presets, and stop")
-    _add_base(merge, required=False)
-    _add_experts(merge)
-    _add_out(merge, "the merged model", required=False)
-    merge.add_argument("--method", help="see --list (default: lors)")
-    merge.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
-    merge.add_argument("--like", choices=("mergekit", "peft", "fusionbench"), help="mean by it what that library does")
-    merge.add_argument(
-        "--prune", action="append", default=[], metavar="STEP[:NAME=VALUE,...]", help="a step before the method's own"
-    )
-    merge.add_argument(
-        "--group",
-        action="append",
-        default=[],
-        metavar="GROUP:NAME=VALUE,...",
-        help="other settings for some parameters",
-    )
-    merge.add_argument("--recipe", type=Path, metavar="FILE", help="method, steps, groups and all from a YAML file")
-    merge.add_argument("--scaling", type=float, metavar="LAMBDA", help="scaling coefficient (default: the method's)")
-    merge.add_argument("--weight", action="append", default=[], metavar="ID=W", help="merge weight of an expert")
-    merge.add_argument("--into", type=Path, metavar="FILE", help="add the experts to this accumulator (.safetensors)")
-    merge.add_argument(
-        "--remove", action="append", default=[], metavar="ID[=MODEL]", help="take an expert out of the accumulator"
-    )
-    _add_force(merge)
-    _add_workers(merge)
-    _add_pruning(merge)
-
-
 def _merge(options: argparse.Namespace) -> int:
     if options.list:
-        return _list_methods(options.json)
+        return list_methods(options.json)
     if options.into is not None:
         return _merge_into(options)
     for name in ("base", "out"):
@@ -214,9 +159,9 @@ def _merge(options: argparse.Namespace) -> int:
     if options.remove:
         raise InputError("--remove takes an expert out of an accumulator; name it with --into")
 
-    experts = _named(options.expert)
+    experts = experts_of(options.expert)
     memo = DigestsAhead([_model(options.base), *experts.values()])
-    recipe = _recipe(options)
+    recipe = recipe_of(options)
     _start()
 
     from lors.merging.folders import merge_folders
@@ -228,9 +173,9 @@ def _merge(options: argparse.Namespace) -> int:
             experts,
             options.out,
             recipe,
-            weights=_weights(options.weight),
+            weights=weights_of(options.weight),
             memo=memo,
-            refuse_other_pruning=bool(_given_pruning(options)) or recipe.pruning not in (None, PruneSettings()),
+            refuse_other_pruning=bool(given_pruning(options)) or recipe.pruning not in (None, PruneSettings()),
             force=options.force,
             workers=options.workers,
             on_progress=advance,
@@ -260,7 +205,7 @@ def _merge_into(options: argparse.Namespace) -> int:
     from lors.errors import CheckpointError
     from lors.merging.accumulator import Accumulator, accumulate, write_accumulated
 
-    add, remove, into = _named(options.expert), _removed(options.remove), options.into
+    add, remove, into = experts_of(options.expert), removed_of(options.remove), options.into
     if into.suffix != ".safetensors" or into.is_dir():
         raise InputError(f"{into} is no name for an accumulator; give a file that ends in .safetensors")
     if not add and not remove and options.out is None:
@@ -272,14 +217,14 @@ def _merge_into(options: argparse.Namespace) -> int:
     old = Accumulator(into) if into.exists() else None
     if old is None and (options.base is None or not add):
         raise InputError(f"{into} is not there yet: give --base and at least one --expert to begin it")
-    if old is not None and _chooses_recipe(options):
+    if old is not None and chooses_recipe(options):
         raise InputError(
             f"{into} was begun with {old.recipe.method}, and its recipe cannot change; "
             f"leave the method and its settings out (--scaling may change), or begin a new accumulator"
         )
     if old is not None and options.scaling is not None and options.out is None:
         raise InputError("--scaling is of the merged model; give --out as well, or leave it out")
-    recipe = old.recipe if old else _recipe(options)
+    recipe = old.recipe if old else recipe_of(options)
     try:
         base = Checkpoint(_model(options.base or (old.base if old else "")))
     except CheckpointError as error:
@@ -289,7 +234,7 @@ def _merge_into(options: argparse.Namespace) -> int:
     state = old
     if add or remove:
         with _bar("adding" if add else "removing") as advance:
-            weights = _weights(options.weight)
+            weights = weights_of(options.weight)
             state = accumulate(
                 into, base, recipe, add=add, remove=remove, weights=weights,
                 force=options.force, workers=options.workers, on_progress=advance,
@@ -314,16 +259,6 @@ def _merge_into(options: argparse.Namespace) -> int:
     return _say(options, facts, sentence)
 
 
-def _removed(given: Sequence[str]) -> dict[str, str | None]:
-    removed: dict[str, str | None] = {}
-    for text in given:
-        name, equals, place = text.partition("=")
-        if not name or (equals and not place):
-            raise InputError(f"--remove {text!r} is not ID or ID=MODEL, such as es or es=runs/es")
-        removed[name] = place or None
-    return removed
-
-
 def _prune(options: argparse.Namespace) -> int:
     _start()
     from lors.compact import prune_expert
@@ -336,7 +271,7 @@ def _prune(options: argparse.Namespace) -> int:
             _model(options.base),
             options.expert,
             options.out,
-            _pruning(options),
+            pruning_of(options),
             dtype=options.dtype,
             budget=options.budget,
             workers=options.workers,
@@ -397,7 +332,7 @@ def _diagnose(options: argparse.Namespace) -> int:
     from lors.store import write_json
     from lors.tensor_file import writing
 
-    experts = _named(options.expert)
+    experts = experts_of(options.expert)
     if not experts:
         raise InputError("no expert was given; give at least one --expert")
     base = Checkpoint(_model(options.base))
@@ -441,56 +376,6 @@ def _need_free(out: Path) -> None:
         raise InputError(f"{out} is already there and not empty; choose another output folder or remove it")
 
 
-def _list_methods(as_json: bool) -> int:
-    from lors.groups import GROUPS
-    from lors.merging.presets import PRESETS
-    from lors.merging.registry import METHODS, STEPS, allowed
-
-    if as_json:
-        rows = [
-            {
-                "name": method.name,
-                "formula": method.formula,
-                "reference": method.reference,
-                "scaling": method.scaling_default,
-                "parameters": {
-                    name: {"default": default, "allowed": allowed(field), "meaning": _one_line(field.description)}
-                    for name, (field, default) in method.parameters.items()
-                },
-            }
-            for method in METHODS.values()
-        ]
-        print(json.dumps(rows, indent=2, default=str))
-        return 0
-    for method in METHODS.values():
-        print(f"{method.name}\n    {method.formula}\n    {method.reference}")
-        print(f"    scaling coefficient: {method.scaling_default:g}")
-        _print_fields(method.parameters)
-    print("\nsteps that may come before any method (--prune STEP:NAME=VALUE,...)")
-    for name, step in STEPS.items():
-        print(f"{name}\n    {_one_line(type(step).__doc__)}")
-        _print_fields({n: (f, getattr(step, n)) for n, f in type(step).model_fields.items() if n != "kind"})
-    print("\ngroups of parameters (--group GROUP:scaling=..,rank_ratio=..,density=..,exclude=true), or a glob pattern")
-    for name, (meaning, _) in GROUPS.items():
-        print(f"{name}\n    {meaning}")
-    print("\npresets (--like)")
-    for name, methods in PRESETS.items():
-        print(f"{name}\n    {', '.join(methods)}")
-    return 0
-
-
-def _print_fields(fields: Mapping[str, tuple[Any, Any]]) -> None:
-    from lors.merging.registry import describe_field
-
-    for name, (field, default) in fields.items():
-        shown = "none" if default is None else default
-        print(f"      {name} = {shown}: {describe_field(field)}")
-
-
-def _one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
-
-
 def _count(things: Collection[object], word: str) -> str:
     return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
 
@@ -512,110 +397,6 @@ def _model(name: str) -> str | Path:
 def _need_file(source: str, command: str) -> None:
     if Path(source).suffix != ".safetensors":
         raise InputError(f"{command} takes a compact expert (.safetensors), not {source}; make it with `lors prune`")
-
-
-def _named(given: Sequence[str]) -> dict[str, str]:
-    experts: dict[str, str] = {}
-    for text in given:
-        name, equals, place = text.partition("=")
-        if not equals or "/" in name:  # a path, which may hold an = itself: runs/lr=1e-5/es
-            name, place = Path(text).name.removesuffix(".safetensors"), text
-        if not name or not place:
-            raise InputError(f"--expert {text!r} is not ID=MODEL or MODEL, such as es=runs/es")
-        if name in experts:
-            raise InputError(f"--expert: two experts are named {name!r}; name them otherwise, such as {name}2={place}")
-        experts[name] = place
-    return experts
-
-
-def _weights(given: Sequence[str]) -> dict[str, float]:
-    weights = {}
-    for text in given:
-        name, _, value = text.partition("=")
-        try:
-            weights[name] = float(value)
-        except ValueError as error:
-            raise InputError(f"--weight {text!r} is not ID=NUMBER, such as es=0.5") from error
-    return weights
-
-
-_PATTERNS = ("include", "exclude")
-_PRUNING = ("composition", "rank_ratio", "density", "refinements", "vectors", *_PATTERNS)
-
-
-def _given_pruning(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name in _PRUNING if (value := getattr(options, name)) is not None}
-
-
-def _pruning(options: argparse.Namespace) -> Any:
-    import pydantic
-
-    from lors.prune_settings import PruneSettings
-
-    given = _given_pruning(options)
-    try:
-        return PruneSettings(**given) if given else None
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        if first["loc"]:
-            message = f"--{str(first['loc'][0]).replace('_', '-')} {first['input']}: {message}"
-        raise ConfigError(message) from error
-
-
-def _chooses_recipe(options: argparse.Namespace) -> bool:
-    return bool(
-        options.method or options.set or options.like or options.prune or options.group or options.recipe
-        or _given_pruning(options)
-    )  # fmt: skip
-
-
-def _recipe(options: argparse.Namespace) -> Any:
-    from lors.merging.registry import make_recipe, make_step, read_recipe
-
-    if options.recipe is not None:
-        if options.method or options.set or options.like or options.prune or options.group or _given_pruning(options):
-            raise InputError(
-                "--recipe holds the method and all its settings; leave the others out (--scaling may stay)"
-            )
-        return read_recipe(options.recipe, options.scaling)
-    method = options.method or "lors"
-    return make_recipe(
-        method,
-        _assigned(options.set, "--set"),
-        before=[make_step(kind, values) for kind, values in map(_step, options.prune)],
-        prune=_pruning(options),
-        scaling=options.scaling,
-        groups=_groups(options.group),
-        like=options.like,
-    )
-
-
-def _step(text: str, lists: Collection[str] = _PATTERNS) -> tuple[str, dict[str, Any]]:
-    """Of `lors:rank_ratio=0.1,density=0.05`: lors, and its settings."""
-    name, _, settings = text.partition(":")
-    return name, _assigned([part for part in settings.split(",") if part], text, lists)
-
-
-def _groups(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    groups: dict[str, dict[str, Any]] = {}
-    for text in given:
-        name, settings = _step(text, ())  # its exclude is true or false
-        if not name or not settings:
-            raise InputError(f"--group {text!r} is not GROUP:NAME=VALUE, such as encoder:scaling=0.3")
-        groups[name] = {**groups.pop(name, {}), **settings}
-    return groups
-
-
-def _assigned(given: Sequence[str], where: str, lists: Collection[str] = _PATTERNS) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name or not value:
-            raise InputError(f"{where}: {text!r} is not NAME=VALUE, such as density=0.2")
-        # The settings read the text: YAML would take on for true and 1e-3 for a word.
-        values[name] = [*values.get(name, []), value] if name in lists else value
-    return values
 
 
 def _say(options: argparse.Namespace, facts: Mapping[str, Any], sentence: str) -> int:
