@@ -23,12 +23,12 @@ from lors.checkpoint import Checkpoint
 from lors.compact import prune_expert
 from lors.config import Experiment, Expert, load_experiment
 from lors.delta_file import DeltaFile
+from lors.files import write_json
 from lors.pipeline import resolve_base
 from lors.scoring.metrics import main_metric, score
 from lors.speech.corpus import read_split
 from lors.speech.load import load_model
 from lors.speech.transcribe import transcribe
-from lors.store import write_json
 from lors.task_vector import TaskVector, apply
 
 

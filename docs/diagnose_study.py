@@ -36,12 +36,13 @@ from lors.checkpoint import Checkpoint
 from lors.config import Experiment, Expert, load_experiment
 from lors.diagnostics import Diagnosis, diagnose
 from lors.errors import InputError
+from lors.files import write_json
 from lors.pipeline import build_steps, resolve_base
 from lors.s3_store import open_store
 from lors.speech.architecture import architecture_of
 from lors.speech.corpus import read_split
 from lors.speech.load import load_model
-from lors.store import step_key, write_json
+from lors.store import step_key
 from lors.task_vector import TaskVector, apply
 from lors.training.finetune import examples_for, validation_loss
 

@@ -328,8 +328,8 @@ def _diagnose(options: argparse.Namespace) -> int:
     from lors.checkpoint import Checkpoint
     from lors.diagnostics import diagnose
     from lors.diagnostics_page import page
+    from lors.files import write_json
     from lors.merging.folders import open_experts
-    from lors.store import write_json
     from lors.tensor_file import writing
 
     experts = experts_of(options.expert)

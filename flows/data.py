@@ -64,11 +64,11 @@ def add_commands(add: Callable[..., Any]) -> None:
 def _check(options: argparse.Namespace) -> int:
     from flows.progress import RunProgress
     from lors.config import load_experiment
+    from lors.files import storage_errors, write_json
     from lors.outputs import require_writable
     from lors.s3_store import open_store
     from lors.speech.data_check import check
     from lors.speech.data_check_page import page
-    from lors.store import storage_errors, write_json
 
     experiment = load_experiment(options.file, options.set)
     out = options.out or experiment.output

@@ -21,7 +21,7 @@ import psutil
 
 from flows.prefect_environment import FEWER_TRANSACTIONS, HEARTBEAT_SECONDS
 from lors.errors import InputError, LorsError
-from lors.store import write_json
+from lors.files import write_json
 
 __all__ = ["add_commands", "server_url"]
 

@@ -12,8 +12,8 @@ from ruamel.yaml import YAML
 
 from lors.config import Experiment, load_experiment, parse_experiment
 from lors.errors import ConfigError, InputError
+from lors.files import storage_errors, write_text
 from lors.settings import nearest
-from lors.store import storage_errors, write_text
 from lors.versions import product_of
 
 __all__ = ["CANDIDATE", "TOLERANCE", "Change", "compare_outputs", "with_language", "without_language"]

@@ -109,7 +109,7 @@ class Checkpoint:
     def digest(self, memo: MutableMapping[str, str] | None = None) -> str:
         """sha256 over the contents of the weight files and config.json.
 
-        `memo` as in `lors.store.file_digest`.
+        `memo` as in `lors.files.file_digest`.
         """
         return folder_digest(self.folder, memo)
 

@@ -14,6 +14,7 @@ import yaml
 
 from lors.config import Experiment, parse_experiment, put
 from lors.errors import ConfigError, CorpusError, InputError, LorsError
+from lors.files import write_json
 from lors.isolate import Slots
 from lors.outputs import publish_scores, require_writable
 from lors.pipeline import decoding_settings, model_digest, prepare_step, resolve_base, scoring_steps
@@ -21,7 +22,7 @@ from lors.resources import shares
 from lors.s3_store import open_store
 from lors.speech.base_model import check_base
 from lors.steps import Source, Step, Workspace, plan, run_step
-from lors.store import Artifact, Store, write_json
+from lors.store import Artifact, Store
 
 __all__ = ["corpora_of", "evaluate", "name_models", "request"]
 

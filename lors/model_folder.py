@@ -12,8 +12,8 @@ from threading import Thread
 from typing import Any
 
 from lors.errors import CheckpointError, UnreachableError
+from lors.files import file_digest, is_safe
 from lors.network import can_pass, patiently
-from lors.store import _is_safe, file_digest
 
 __all__ = [
     "CONFIG",
@@ -69,7 +69,7 @@ def resolve_folder(source: str | Path) -> Path:
 
 def folder_digest(
     folder: Path,
-    memo: MutableMapping[str, str] | None = None,  # as in `lors.store.file_digest`
+    memo: MutableMapping[str, str] | None = None,  # as in `lors.files.file_digest`
     known: Mapping[Path, str] | None = None,  # sha256 by file, of those just read
 ) -> str:
     """sha256 over the contents of the weight files and config.json."""
@@ -120,7 +120,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(f"{folder / INDEX} has no weight_map; copy the model again")
     files: dict[Path, set[str] | None] = {}
     for shard in sorted({str(shard) for shard in weight_map.values()}):
-        if "/" in shard or not _is_safe(shard) or not (folder / shard).is_file():
+        if "/" in shard or not is_safe(shard) or not (folder / shard).is_file():
             raise CheckpointError(
                 f"{folder} lacks the shard {shard} that {INDEX} names; copy the model again, with all its shards"
             )

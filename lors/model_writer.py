@@ -17,8 +17,8 @@ import torch
 from lors.blocks import row_blocks
 from lors.checkpoint import Checkpoint, check_compatible, is_finite
 from lors.errors import CheckpointError, InputError
+from lors.files import sync_to_disk
 from lors.model_folder import CONFIG, INDEX, WEIGHTS, folder_digest
-from lors.store import sync_to_disk
 from lors.tensor_file import TensorFile, writing
 
 __all__ = ["ModelWriter", "model_writer", "write_model_folder"]

@@ -18,10 +18,11 @@ import yaml
 
 from lors.config import Experiment
 from lors.errors import InputError, LorsError
+from lors.files import file_digest, storage_errors, write_json
 from lors.model_folder import read_json
 from lors.pipeline import product_step, scaling_step, split_name
 from lors.steps import Step
-from lors.store import Artifact, Store, file_digest, storage_errors, write_json
+from lors.store import Artifact, Store
 from lors.sweep import Variant, sweep_table
 from lors.training.settings import LOG
 from lors.versions import keep_current, record_current, swap_folder

@@ -21,6 +21,7 @@ from typing import Any
 
 from lors.config import Evaluate, Experiment, Expert
 from lors.errors import ConfigError, InputError
+from lors.files import Memo, file_digest
 from lors.merging.recipe import Recipe
 from lors.merging.registry import METHODS
 from lors.merging.settings import TOUCHED_UP, TouchUp
@@ -33,7 +34,7 @@ from lors.speech.corpora.sources import describe
 from lors.speech.corpus import SPLITS
 from lors.starter import MODEL_FOLDER
 from lors.steps import Source, Step
-from lors.store import Artifact, Memo, Store, file_digest
+from lors.store import Artifact, Store
 from lors.training.settings import Finetune
 
 __all__ = [

@@ -14,8 +14,8 @@ from typing import Any
 
 from lors import lease as timing
 from lors.errors import LorsError
+from lors.files import brief, is_safe, sync_to_disk, write_bytes
 from lors.s3_bucket import Bucket, interference
-from lors.store import _brief, _is_safe, _replace, sync_to_disk
 
 __all__ = ["Mirror"]
 
@@ -73,10 +73,10 @@ class Mirror:
             state = json.loads(found[0])
             identity, files = str(state["id"]), dict(state["files"])
             for name, entry in files.items():
-                if not (_is_mirrored(name) and _is_safe(entry["object"]) and isinstance(entry["bytes"], int)):
+                if not (_is_mirrored(name) and is_safe(entry["object"]) and isinstance(entry["bytes"], int)):
                     raise ValueError(f"{name!r} is no checkpoint")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            _logger.warning("%s/%s/mirror.json is not usable (%s).", self._bucket.url, self._folder, _brief(error))
+            _logger.warning("%s/%s/mirror.json is not usable (%s).", self._bucket.url, self._folder, brief(error))
             return
         self._files = files
         kept = {entry["object"] for entry in files.values()} | {"mirror.json"}
@@ -100,7 +100,7 @@ class Mirror:
             (self._work / name).parent.mkdir(parents=True, exist_ok=True)
             (fetched / name).replace(self._work / name)
             self._stamps[name] = _stamp(self._work / name)
-        _replace(note, identity.encode(), sync=True)
+        write_bytes(note, identity.encode(), sync=True)
         shutil.rmtree(fetched)
 
     def _sync(self) -> None:
@@ -121,7 +121,7 @@ class Mirror:
             shutil.rmtree(pinned, ignore_errors=True)
         note = self._work / ".mirrored"
         before = note.read_text("utf-8").split()[-1:] if note.exists() else []
-        _replace(note, " ".join([*before, identity]).encode(), sync=True)
+        write_bytes(note, " ".join([*before, identity]).encode(), sync=True)
         self._check()
         content = json.dumps({"id": identity, "files": files}).encode()
         condition = {"IfNoneMatch": "*"} if self._etag is None else {"IfMatch": self._etag}
@@ -156,7 +156,7 @@ def _mirrored(work: Path) -> list[str]:
 def _is_mirrored(name: str) -> bool:
     folder, _, last = name.rpartition("/")
     kept = folder == "training" or (not folder and last.endswith(".jsonl"))
-    return kept and _is_safe(name) and not last.startswith(".") and not last.endswith(".partial")
+    return kept and is_safe(name) and not last.startswith(".") and not last.endswith(".partial")
 
 
 def _pin(path: Path, pinned: Path) -> str:

@@ -28,21 +28,11 @@ from typing import Any, Literal
 
 from lors import lease as timing
 from lors.errors import InputError, LorsError, StepFailedError
+from lors.files import brief, file_digest, storage_errors, sync_to_disk, write_bytes
 from lors.s3_bucket import Bucket, check_url, interference
 from lors.s3_lease import RemoteLease, acquire, owner_of
 from lors.s3_mirror import Mirror
-from lors.store import (
-    Artifact,
-    Held,
-    Production,
-    Store,
-    _brief,
-    _replace,
-    file_digest,
-    read_manifest,
-    storage_errors,
-    sync_to_disk,
-)
+from lors.store import Artifact, Held, Production, Store, read_manifest
 
 __all__ = ["S3Store", "open_store"]
 
@@ -139,7 +129,7 @@ class S3Store(Store):
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, LorsError):
                 raise
-            return f"The {stage} step {key} in {self.url} is not usable ({_brief(error)})"
+            return f"The {stage} step {key} in {self.url} is not usable ({brief(error)})"
         return known.artifact
 
     def path(self, artifact: Artifact) -> Path:
@@ -211,12 +201,12 @@ class S3Store(Store):
                 sync_to_disk(target)
                 if file_digest(target, hashes) != sha256:
                     self._note(stage, key).parent.mkdir(parents=True, exist_ok=True)
-                    _replace(self._note(stage, key), known.stamp.encode(), sync=True)
+                    write_bytes(self._note(stage, key), known.stamp.encode(), sync=True)
                     raise StepFailedError(
                         f"The object {self.url}/{source} does not have the sha256 that its manifest records; run the "
                         "same command again, and its step will be made again."
                     )
-            _replace(new / "manifest.json", known.content, sync=True)
+            write_bytes(new / "manifest.json", known.content, sync=True)
             self._drop(stage, key)
             entry.parent.mkdir(parents=True, exist_ok=True)
             new.rename(entry)

@@ -11,7 +11,6 @@ Layout under the root, which may be on a disk shared by several workers:
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -20,39 +19,29 @@ import os
 import re
 import shutil
 import stat
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lors.errors import InputError, LorsError
+from lors.files import Memo, brief, file_digest, is_safe, storage_errors, sync_to_disk, to_json, write_json
 from lors.lease import hold
 
 __all__ = [
     "Artifact",
     "Held",
-    "Memo",
     "Production",
     "Store",
-    "file_digest",
     "read_manifest",
     "step_key",
-    "storage_errors",
-    "sync_to_disk",
-    "write_json",
-    "write_text",
 ]
 
 FORMAT = 1
-# A file changed twice within a tick of the kernel's clock (at most 10 ms on Linux) keeps its mtime; memoise older ones.
-SETTLED_NS = 20_000_000
-HASHED_AT_ONCE = 2**24  # bytes; a thread that hashes waits for Python's lock between two such pieces
 
 _logger = logging.getLogger(__name__)
 _STAGE = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -119,7 +108,7 @@ class Artifact:
         try:
             return cls._parse(value)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"A stored artifact cannot be read ({_brief(error)}); delete it and run again.") from error
+            raise InputError(f"A stored artifact cannot be read ({brief(error)}); delete it and run again.") from error
 
     @classmethod
     def _parse(cls, value: Mapping[str, Any]) -> Artifact:
@@ -128,7 +117,7 @@ class Artifact:
         if not isinstance(artifact.summary, Mapping):
             raise ValueError("its summary is not a mapping")
         for name, sha256 in artifact.files.items():
-            if not _is_safe(name):
+            if not is_safe(name):
                 raise ValueError(f"the file name {name!r} is not a plain relative one")
             if not _SHA256.fullmatch(sha256):
                 raise ValueError(f"{name} has no sha256")
@@ -180,60 +169,6 @@ class Held(Protocol):
         """Raises StepFailedError where another process has taken the lock over."""
 
 
-class Memo(MutableMapping[str, str]):
-    """sha256 by file and stat, kept in one JSON file (see `file_digest`); thread-safe. Losing it costs time alone."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._lines: dict[str, str] | None = None
-        self._changed: dict[str, str] = {}
-
-    def _loaded(self) -> dict[str, str]:
-        if self._lines is None:
-            self._lines = self._read()
-        return self._lines
-
-    def _read(self) -> dict[str, str]:
-        try:
-            lines = json.loads(self._path.read_bytes())
-            return {k: v for k, v in lines.items() if isinstance(v, str)}
-        except (OSError, ValueError, AttributeError):
-            return {}
-
-    def __getitem__(self, key: str) -> str:
-        with self._lock:
-            return self._loaded()[key]
-
-    def __setitem__(self, key: str, value: str) -> None:
-        with self._lock:
-            self._loaded()[key] = self._changed[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        with self._lock:
-            del self._loaded()[key]
-            self._changed.pop(key, None)
-
-    def __iter__(self) -> Iterator[str]:
-        with self._lock:
-            return iter(list(self._loaded()))
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._loaded())
-
-    def save(self) -> None:
-        """Add what is new to the file, beside what other processes added; a disk that cannot take it is no error."""
-        with self._lock:
-            if not self._changed:
-                return
-            self._lines = self._read() | self._loaded()
-            with suppress(OSError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                _replace(self._path, json.dumps(self._lines).encode(), sync=False)
-                self._changed.clear()
-
-
 class Store:
     """The artifacts under a root folder, which need not exist before the first is made."""
 
@@ -267,7 +202,7 @@ class Store:
         try:
             return self._checked(stage, key, verify)
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            return f"The stored {stage} step {key} is not usable ({_brief(error)})"
+            return f"The stored {stage} step {key} is not usable ({brief(error)})"
         finally:
             self.memo.save()
 
@@ -390,7 +325,7 @@ class Store:
             sync_to_disk(out / name)
         hashes: dict[str, str] = {}
         files = {name: file_digest(out / name, hashes) for name in sorted(sizes)}
-        artifact = Artifact(described["stage"], described["key"], _digest(files), files, json.loads(_json(summary)))
+        artifact = Artifact(described["stage"], described["key"], _digest(files), files, json.loads(to_json(summary)))
         staged.mkdir()
         out.rename(staged / "files")
         for folder, _, _ in os.walk(staged / "files"):
@@ -421,32 +356,6 @@ class Store:
         return self.root / "entries" / stage / key
 
 
-def file_digest(path: Path, memo: MutableMapping[str, str] | None = None) -> str:
-    """sha256 of a file, in hexadecimal; OSError where it cannot be read.
-
-    `memo` (a dict, or `Memo` to keep it) spares the reading while size, mtime, ctime and inode are as they were.
-    """
-    if memo is None:
-        digest, buffer = hashlib.sha256(), bytearray(min(HASHED_AT_ONCE, path.stat().st_size + 1))
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-        return digest.hexdigest()
-    name, started, before = str(path), time.time_ns(), path.stat()
-    known = memo.get(name, "")
-    if known.startswith(f"{_stamp(before)} "):
-        return known.rpartition(" ")[2]
-    sha256 = file_digest(path)
-    if _stamp(path.stat()) == _stamp(before) and started - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS:
-        memo[name] = f"{_stamp(before)} {sha256}"
-    return sha256
-
-
-def _stamp(status: os.stat_result) -> str:
-    # ctime too: a program can set the mtime back after a change, but not the ctime.
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-
-
 def read_manifest(
     content: bytes,  # of a manifest.json
     stage: str,
@@ -466,86 +375,6 @@ def read_manifest(
     return Artifact._parse({**manifest, "files": files}), {n: entry["bytes"] for n, entry in manifest["files"].items()}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a reader, or a crash, meets the old file or the whole new one.
-
-    Mappings of any kind, tuples and paths are accepted; NaN and infinities raise ValueError.
-    """
-    _replace(path, _json(value, indent=2).encode() + b"\n", sync=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 as atomically as `write_json`."""
-    _replace(path, text.encode(), sync=True)
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    def plain(item: Any) -> Any:
-        if isinstance(item, Mapping):
-            return dict(item)
-        if isinstance(item, os.PathLike):
-            return os.fspath(item)
-        raise TypeError(f"{type(item).__name__} is not a JSON value")
-
-    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=plain)
-
-
-def _replace(path: Path, content: bytes, *, sync: bool) -> None:
-    # Not mkstemp: its files are private, and the store may be shared between users.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if sync:
-        sync_to_disk(path.parent)
-
-
-@contextmanager
-def storage_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk into LorsError and a folder that cannot be written into InputError, each with the next step.
-
-    A full disk is also known by the words of other libraries and of child processes, whose errors are no OSError.
-    """
-    try:
-        yield
-    except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-            raise LorsError(
-                f"The disk of {folder} is full ({free} bytes are free): free space and run the same command again; "
-                "finished steps are kept."
-            ) from error
-        if isinstance(error, OSError) and _touches(folder, error.filename):
-            if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise InputError(
-                    f"The folder {folder} cannot be used ({error.strerror}: {error.filename}); "
-                    "change its permissions or choose another one."
-                ) from error
-            if code == errno.ENOENT and folder.is_relative_to(error.filename):
-                raise InputError(f"The folder {folder} cannot be made here; choose another one.") from error
-            if code in (errno.ENOTDIR, errno.EEXIST):
-                raise InputError(
-                    f"{error.filename} is in the way of the folder {folder}; choose another one."
-                ) from error
-        raise
-
-
-def _touches(folder: Path, name: object) -> bool:
-    """Whether the file that an OSError names is the folder, in it, or above it."""
-    if not isinstance(name, str | os.PathLike):
-        return False
-    path = Path(name).absolute()
-    return path.is_relative_to(folder) or folder.is_relative_to(path)
-
-
 def _digest(files: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
 
@@ -553,14 +382,6 @@ def _digest(files: Mapping[str, str]) -> str:
 def _check_address(stage: str, key: str) -> None:
     if not (_STAGE.fullmatch(stage) and _KEY.fullmatch(key)):
         raise ValueError(f"{stage}/{key} is no stage and key")
-
-
-def _is_safe(name: str) -> bool:
-    """Whether a file's name stays in the folder that it is relative to, on every system; no lone surrogates either."""
-    path = PurePosixPath(name)
-    plain = not path.is_absolute() and ".." not in path.parts and name not in ("", ".") and path.as_posix() == name
-    plain = plain and name.isprintable() and "\\" not in name and not PureWindowsPath(name).drive
-    return plain and all(len(part.encode()) <= 255 for part in path.parts)
 
 
 def _regular_files(folder: Path) -> Iterable[Path]:
@@ -571,18 +392,3 @@ def _regular_files(folder: Path) -> Iterable[Path]:
             )
         if path.is_file():
             yield path
-
-
-def sync_to_disk(path: Path) -> None:
-    """Make a file, or a folder's list of names, survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _brief(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{Path(error.filename).name}: {error.strerror}"
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

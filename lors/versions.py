@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 
 from lors.errors import CheckpointError, InputError
+from lors.files import file_digest, storage_errors, sync_to_disk, write_json
 from lors.merging.settings import TOUCHED_UP
 from lors.settings import nearest
-from lors.store import file_digest, storage_errors, sync_to_disk, write_json
 
 __all__ = [
     "KEEP",

@@ -68,7 +68,7 @@ def merge_folders(
     weights: Mapping[str, float] | None = None,  # id -> merge weight, 1 where not given
     refuse_other_pruning: bool = False,  # raise where a delta file was pruned by other settings than the recipe's
     force: bool = False,  # take delta files that were extracted from another base
-    memo: MutableMapping[str, str] | None = None,  # digests that are known, as in `lors.store.file_digest`
+    memo: MutableMapping[str, str] | None = None,  # digests that are known, as in `lors.files.file_digest`
     workers: int | None = None,  # threads; as many as there are usable cores where None
     on_progress: Progress | None = None,
     max_shard_bytes: int = 5_000_000_000,

@@ -12,10 +12,10 @@ from typing import Any
 import pandas as pd
 
 from lors.errors import InputError
+from lors.files import is_safe
 from lors.model_folder import read_json
 from lors.scoring.files import load_results
 from lors.scoring.metrics import main_metric
-from lors.store import _is_safe
 
 __all__ = ["Run", "flat_settings", "load_run", "load_runs"]
 
@@ -73,7 +73,7 @@ class Run:
 
     def hypotheses(self) -> dict[str, pd.DataFrame]:
         """What each system wrote; systems whose table is not there are left out."""
-        names = [name for name in self.systems if "/" not in name and _is_safe(f"{name}.parquet")]
+        names = [name for name in self.systems if "/" not in name and is_safe(f"{name}.parquet")]
         files = {name: self.folder / "hypotheses" / f"{name}.parquet" for name in names}
         return {name: _table(file) for name, file in files.items() if file.is_file()}
 
@@ -108,7 +108,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         for variant in read_json(listing)["variants"]:
             seed = {} if variant.get("seed") is None else {"seed": variant["seed"]}
             name, changes = variant["name"], {**variant["changes"], **seed}
-            if "/" in (place := str(variant["folder"])) or not _is_safe(place):
+            if "/" in (place := str(variant["folder"])) or not is_safe(place):
                 raise InputError(f"{listing} names the folder {place!r}, which is not in {folder}: run the sweep again")
             runs.append(replace(load_run(folder / place), name=name, changes=changes))
     names = [run.name for run in runs]

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from lors.errors import InputError
-from lors.store import file_digest
+from lors.files import file_digest
 
 __all__ = ["comet_scores", "comet_signature"]
 

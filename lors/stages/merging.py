@@ -11,10 +11,10 @@ from statistics import fmean
 from typing import Any
 
 from lors.errors import ConfigError, CorpusError
+from lors.files import write_json
 from lors.scaling import choose, higher_is_better, part_of, propose
 from lors.stages.common import VECTOR, Report, load, use
 from lors.stages.validating import validation_values
-from lors.store import write_json
 
 __all__ = [
     "add_task_vectors",

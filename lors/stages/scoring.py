@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lors.files import write_json
 from lors.stages.common import HYPOTHESES, Report, use
-from lors.store import write_json
 
 __all__ = ["score_comet", "score_systems"]
 

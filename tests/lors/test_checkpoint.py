@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lors.checkpoint import HEAD, Checkpoint, check_compatible, is_finite
 from lors.errors import CheckpointError
-from lors.store import SETTLED_NS
+from lors.files import SETTLED_NS
 
 
 def tensors_of(checkpoint: Checkpoint) -> list[tuple[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from report_folders import write_run
 from lors.config import Experiment, parse_experiment
 from lors.errors import CheckpointError, ConfigError, InputError, LorsError
 from lors.evaluation import name_models
+from lors.files import is_safe
 from lors.model_folder import weight_files
 from lors.outputs import _publish_model, publish_scores
 from lors.pipeline import KnownSplit, Sources, build_steps
@@ -29,7 +30,7 @@ from lors.speech.corpora import hub
 from lors.speech.corpora.settings import CommonVoiceCorpora, FolderCorpora, ManifestCorpora
 from lors.speech.corpora.sources import candidates, describe
 from lors.speech.corpus import Candidate
-from lors.store import Artifact, Store, _check_address, _digest, _is_safe, step_key
+from lors.store import Artifact, Store, _check_address, _digest, step_key
 from lors.sweep import Variant
 from lors.versions import rollback
 
@@ -63,7 +64,7 @@ bad = pytest.mark.parametrize("name", BAD.values(), ids=BAD)
 
 @bad
 def test_a_file_name_that_could_leave_its_folder_is_refused(name: str) -> None:
-    assert not _is_safe(name)
+    assert not is_safe(name)
     files = {name: "0" * 64}
     with pytest.raises(InputError, match="is not a plain relative one"):
         Artifact.from_json({"stage": "prune", "key": "0" * 32, "digest": _digest(files), "files": files, "summary": {}})
@@ -73,7 +74,7 @@ def test_a_file_name_that_could_leave_its_folder_is_refused(name: str) -> None:
 @example("hypotheses-größe.parquet")
 @example("a b/c..d/~")
 def test_a_name_that_is_taken_stays_inside(name: str) -> None:
-    if _is_safe(name):
+    if is_safe(name):
         root = Path("/a/root")
         path = Path(os.path.normpath(root / name))
         assert path.is_relative_to(root)
@@ -84,7 +85,7 @@ def test_a_name_that_is_taken_stays_inside(name: str) -> None:
 
 def test_usual_names_are_taken() -> None:
     for name in ("model.safetensors", "a/b.json", "hypotheses-größe.parquet", "merges (1).txt", "..a", "~", "a..b"):
-        assert _is_safe(name), name
+        assert is_safe(name), name
 
 
 @given(WORDS, WORDS)
@@ -168,7 +169,7 @@ class Bucket:
 )
 @pytest.mark.parametrize("where", ["file", "object"])
 def test_a_mirror_s_state_leads_nowhere_else(name: str, where: str, tmp_path: Path) -> None:
-    if where == "object" and _is_safe(name):
+    if where == "object" and is_safe(name):
         return
     work = tmp_path / "work" / "step"
     work.mkdir(parents=True)
@@ -212,7 +213,7 @@ def test_an_expert_s_file_is_in_its_folder(language: str) -> None:
         experiment = parse_experiment(settings | {"languages": [language], "evaluate": {"guard": []}})
     except ConfigError:
         return
-    assert all(_is_safe(f"{expert.id}.safetensors") and "/" not in expert.id for expert in experiment.experts)
+    assert all(is_safe(f"{expert.id}.safetensors") and "/" not in expert.id for expert in experiment.experts)
 
 
 @given(WORDS)
@@ -224,7 +225,7 @@ def test_a_system_s_file_is_in_its_folder(text: str) -> None:
         named = name_models([text])
     except InputError:
         return
-    assert all(_is_safe(f"hypotheses-{name}.parquet") and "/" not in name for name in named)
+    assert all(is_safe(f"hypotheses-{name}.parquet") and "/" not in name for name in named)
 
 
 @given(WORDS, WORDS)

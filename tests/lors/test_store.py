@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 import lors
 from lors import store as module
 from lors.errors import InputError, LorsError
-from lors.store import Artifact, Memo, Store, file_digest, step_key, storage_errors, write_json
+from lors.files import SETTLED_NS, Memo, file_digest, storage_errors, write_json
+from lors.store import Artifact, Store, step_key
 
 STEP: dict[str, Any] = {"version": 1, "settings": {"rank_ratio": 0.1}, "inputs": {"base": "ab"}}
 KEY = step_key("prune", **STEP)
@@ -288,7 +289,7 @@ def test_an_address_that_leaves_the_store_is_refused(store: Store, address: tupl
 
 def aged(path: Path) -> None:
     """Wait until a file's stat is old enough to be memoised."""
-    while time.time_ns() - path.stat().st_ctime_ns <= 2 * module.SETTLED_NS:
+    while time.time_ns() - path.stat().st_ctime_ns <= 2 * SETTLED_NS:
         time.sleep(0.005)
 
 

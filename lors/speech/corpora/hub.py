@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lors.errors import ConfigError, CorpusError, LorsError, UnreachableError
+from lors.files import file_digest, is_safe
 from lors.network import can_pass, patiently
 from lors.speech.corpora.layout import Layout, find_layout
 from lors.speech.corpora.manifest import FIELDS, Row, check_columns, to_candidates, values
 from lors.speech.corpora.presets import PRESETS, Preset
 from lors.speech.corpora.settings import DatasetsCorpora
 from lors.speech.corpus import Candidate
-from lors.store import _is_safe, file_digest
 
 __all__ = ["candidates", "describe"]
 
@@ -217,7 +217,7 @@ def _known(text: str) -> dict[str, Any] | None:
     """What a memo says of a data set; None where it is not what `_resolved` writes."""
     with suppress(ValueError, KeyError, TypeError, AttributeError):
         known: dict[str, Any] = json.loads(text)
-        listed = all(isinstance(each, list) and all(map(_is_safe, each)) for each in known["files"])
+        listed = all(isinstance(each, list) and all(map(is_safe, each)) for each in known["files"])
         return known if listed and _COMMIT.fullmatch(known["commit"]) else None
     return None
 

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lors.errors import CorpusError
+from lors.files import file_digest
 from lors.speech.corpus import Candidate, read_audio
-from lors.store import file_digest
 
 __all__ = [
     "FIELDS",
@@ -80,7 +80,7 @@ def content_digest(
 ) -> str:
     """sha256 (hex) over the mapped values of the rows and the bytes of their audio; a missing file counts as such.
 
-    Audio inside a Parquet manifest is covered by the manifest's own bytes. `memo` is that of `lors.store.file_digest`:
+    Audio inside a Parquet manifest is covered by the manifest's own bytes. `memo` is that of `lors.files.file_digest`:
     with it, a file that did not change is not read again. Where the manifest lies does not enter, so a moved corpus
     keeps its digest.
     """

@@ -37,7 +37,7 @@ class SplitSource:
 
 
 def describe(corpora: Corpora, language: str, split: str, memo: Memo | None = None) -> SplitSource:
-    """What a split depends on; `memo` is that of `lors.store.file_digest`, without which all audio is read.
+    """What a split depends on; `memo` is that of `lors.files.file_digest`, without which all audio is read.
 
     Raises CorpusError or ConfigError where the source is missing or does not have the language, the split or a column.
     """

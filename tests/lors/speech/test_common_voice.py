@@ -10,11 +10,11 @@ import soundfile
 from speech_sounds import sound
 
 from lors.errors import ConfigError, CorpusError
+from lors.files import Memo
 from lors.speech.corpora.common_voice import find_locale
 from lors.speech.corpora.settings import CommonVoiceCorpora
 from lors.speech.corpora.sources import SplitSource, candidates, describe
 from lors.speech.corpus import Utterance, read_split, write_split
-from lors.store import Memo
 
 # The columns of a release of Mozilla Data Collective.
 HEADER = (

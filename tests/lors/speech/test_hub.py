@@ -28,13 +28,13 @@ from speech_sounds import sound
 from lors import network
 from lors.config import parse_experiment
 from lors.errors import ConfigError, CorpusError, InputError, UnreachableError
+from lors.files import Memo
 from lors.speech.corpora import hub
 from lors.speech.corpora.layout import find_layout
 from lors.speech.corpora.presets import PRESETS
 from lors.speech.corpora.settings import DatasetsCorpora
 from lors.speech.corpora.sources import SplitSource, candidates, describe
 from lors.speech.corpus import SplitReport, Utterance, read_split, write_split
-from lors.store import Memo
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from speech_sounds import sound
 
 from lors.errors import CorpusError
+from lors.files import Memo
 from lors.speech.corpora.manifest import candidates, content_digest
 from lors.speech.corpus import Candidate, read_split, write_split
-from lors.store import Memo
 
 ROWS = [
     {"audio": "clips/uno.wav", "text": "hola, mundo", "translation": "hello", "id": "u1", "speaker": "ana"},

@@ -17,6 +17,7 @@ from lors import stages
 from lors.checkpoint import Checkpoint
 from lors.delta_file import DeltaFile, write
 from lors.errors import ConfigError, CorpusError
+from lors.files import file_digest
 from lors.merging import get_method, make_recipe
 from lors.merging.engine import Merger
 from lors.merging.folders import merge_folders
@@ -27,7 +28,6 @@ from lors.stages import merging
 from lors.stages.common import VECTOR
 from lors.stages.validating import mean_losses
 from lors.starter import MODEL_FOLDER
-from lors.store import file_digest
 
 BASE = str(MODEL_FOLDER)
 EXPERTS = ("es-transcribe", "fr-transcribe")
