@@ -368,7 +368,7 @@ class _Builder:
             changes["preserve"] = self.experiment.finetune.preserve.model_copy(update={"speech": own.speech})
         finetune = self.experiment.finetune.model_copy(update=changes)
         parts = [expert for expert in self.experiment.experts if expert.language in languages]
-        return self._train(name, "touch_up", finetune, parts, corpora, start, own.distil)
+        return self._train(name, "touch_up", finetune, parts, corpora, start)
 
     def added(self, language: str, vectors: Mapping[Expert, str], start: str) -> str:
         """A model with one more language's task vectors on top."""
@@ -392,7 +392,6 @@ class _Builder:
         parts: Sequence[Expert],
         corpora: Mapping[str, Corpus],
         start: str | None,
-        distil: float = 0.0,  # the share of the targets that the parts' experts give
         **about: Any,
     ) -> str:
         settings: dict[str, Any] = {
@@ -415,9 +414,6 @@ class _Builder:
                     inputs[f"held-{language}"] = _parquet({"train": step}, "train")
         if start is not None:
             inputs["start"] = Source(start, _MODEL)
-        if distil:
-            settings["distil"] = distil
-            inputs |= {f"expert-{part.id}": Source(f"fine-tune {part.id}", _MODEL) for part in parts}
         where: dict[str, Any] = self.on_base if start is None or finetune.preserve is not None else {"places": {}}
         if (curves := self.experiment.resources.tensorboard) is not None:
             where["places"]["tensorboard"] = str((curves / name.removeprefix("fine-tune ")).absolute())

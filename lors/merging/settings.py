@@ -51,9 +51,6 @@ class TouchUp(Section):
     speech: tuple[Language, ...] | None = None
     """Languages on whose speech the model is held to the base, as in `finetune.preserve`, which says so where this is
     left out: languages to guard, say, and no others, hold those better."""
-    distil: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The share of each target that the expert of its language and task gives (knowledge distillation, Hinton et al.
-    2015, section 2): 0 the transcript alone, 1 the expert alone."""
     validation: Validation | None = None
     """Its own, not that of `finetune`. With `start` the merged model stays as it is where training it further makes
     it no better."""

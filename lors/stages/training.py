@@ -107,8 +107,6 @@ def train(
             score=_scorer(settings, processor, spoken) if "evaluate" in settings else None,
             prompts=_prompts(settings["parts"], inputs, model, processor, own),
             held_to=load(places["base"], threads)[0] if own.preserve is not None and "start" in inputs else None,
-            teachers=_teachers(settings, inputs, threads),
-            share=settings.get("distil", 0.0),
             stop=stop,
         )
     if first:
@@ -173,15 +171,6 @@ def _prompts(
             found = read_split(Path(folder) / "train.parquet")
             speech[language] = [replace(utterance, id=f"{language}/{utterance.id}") for utterance in found]
     return Prompts(processor.tokenizer, architecture, limit, trained, own.preserve.languages, speech)
-
-
-def _teachers(settings: Mapping[str, Any], inputs: Mapping[str, str], threads: int) -> dict[str, Any] | None:
-    """The expert of each language and task, where they teach; those of one training, the same file, are one."""
-    if not settings.get("distil"):
-        return None
-    folders = {f"{language}-{task}": inputs[f"expert-{language}-{task}"] for language, task in settings["parts"]}
-    models = {folder: load(folder, threads)[0] for folder in dict.fromkeys(folders.values())}
-    return {group: models[folder] for group, folder in folders.items()}
 
 
 def _scorer(

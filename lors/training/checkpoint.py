@@ -67,12 +67,7 @@ class State:
         return self.averages or {name: parameter.detach() for name, parameter in self.parameters.items()}
 
 
-def about(
-    settings: Finetune,
-    examples: Sequence[Example],
-    parameters: Parameters,
-    share: float = 0.0,  # of the targets that teachers give
-) -> dict[str, Any]:
+def about(settings: Finetune, examples: Sequence[Example], parameters: Parameters) -> dict[str, Any]:
     """What a checkpoint is of; another training must not go on from it."""
     spoken = hashlib.sha256()
     for example in examples:
@@ -82,7 +77,6 @@ def about(
     return {
         "settings": settings.identity(),
         "training examples": spoken.hexdigest(),
-        "share of the teachers": share or None,
         "trained weights": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
     }
 

@@ -29,8 +29,7 @@ from lors.training.preserve import Base, Prompts
 from lors.training.schedule import learning_rate_for, rate_share
 from lors.training.settings import Finetune
 from lors.training.signals import stop_on_sigterm
-from lors.training.teachers import Teachers
-from lors.training.weights import Parameters, adamw, same_weights, swapped, trained
+from lors.training.weights import Parameters, adamw, swapped, trained
 
 __all__ = [
     "LOG",
@@ -61,8 +60,6 @@ def fine_tune(
     score: Score | None = None,
     prompts: Prompts | None = None,
     held_to: Any | None = None,
-    teachers: Mapping[str, Any] | None = None,
-    share: float = 0.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train `model` in place; returns figures (steps, losses, seconds, samples a second).
@@ -77,8 +74,6 @@ def fine_tune(
         score: percent error, lower is better, of the model as it is; for `settings.validation.metric: score`.
         prompts: what the utterances are asked for beside, for `settings.preserve`.
         held_to: the model that it is held to there; None: what it is at this call.
-        teachers: a model for each group of examples, whose answers are the targets (knowledge distillation), to this
-            `share`; the transcripts are the rest.
         stop: asked after each step; where it returns True, a checkpoint is written and StepFailedError raised.
 
     Raises:
@@ -110,16 +105,15 @@ def fine_tune(
         parameters = stack.enter_context(trained(model, settings.freeze, settings.lora, settings.seed))
         stack.enter_context(_modes(model, settings))
         frozen = not any(in_group("encoder", name, ()) for name in parameters)
-        if base is not None and frozen and same_weights(model.get_encoder(), base.model.get_encoder()):
+        if base is not None and frozen and _same_encoder(model, base.model):
             base = replace(base, shares_encoder=True)
-        taught = None if teachers is None else Teachers.of(teachers, speech.groups, share, model, frozen)
         state = _start(model, parameters, settings, peak, dtype)
-        checkpoint = Checkpoint(work, about(settings, train, parameters, share), writes=us.first)
+        checkpoint = Checkpoint(work, about(settings, train, parameters), writes=us.first)
         if message := checkpoint.load(state):
             report({"message": message})
         log = stack.enter_context(Log(work, state.progress)) if us.first else None
         together = us.model(model, unused=_drops_layers(model.config))
-        run = _Run(model, together, settings, work, state, checkpoint, us, dtype, peak, base, taught, log, report)
+        run = _Run(model, together, settings, work, state, checkpoint, us, dtype, peak, base, log, report)
         ready = stack.enter_context(contextlib.closing(_ready(speech, settings, state.progress.step, us)))
         clock = Clock(settings, state.progress)
         _train(run, ready, clock, measure, stop)
@@ -164,7 +158,6 @@ class _Run:
     dtype: torch.dtype
     peak: float
     base: Base | None
-    teachers: Teachers | None
     log: Log | None
     report: Report
 
@@ -249,7 +242,7 @@ def _loss(run: _Run, batch: Batch) -> float | None:
     update.seed_step(settings.seed, state.progress.step, run.us.rank)
     try:
         return update.gradient(
-            run.model, run.together, batch, state, settings.label_smoothing, run.dtype, run.us, run.base, run.teachers
+            run.model, run.together, batch, state, settings.label_smoothing, run.dtype, run.us, run.base
         )
     except torch.OutOfMemoryError:
         return None
@@ -271,6 +264,11 @@ def _base(model: Any, settings: Finetune, prompts: Prompts | None, held_to: Any 
         raise ConfigError("finetune.preserve: nothing says here which other prompts there are, leave it out")
     frozen = copy.deepcopy(model) if held_to is None else held_to
     return Base(frozen.eval().requires_grad_(False), settings.preserve.weight)
+
+
+def _same_encoder(a: Any, b: Any) -> bool:
+    own, other = a.get_encoder().state_dict(), b.get_encoder().state_dict()
+    return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lors.errors import ConfigError
@@ -62,8 +61,6 @@ class Part:
     """What the model takes: its encoder's inputs, and decoder_input_ids (B, T)."""
     labels: Tensor
     """(B, T)"""
-    groups: Tensor
-    """(B,): the place of each utterance's group in `Inputs.groups`."""
     weight: float
     """0 where the process has no share of the batch and computes only to keep step with the others."""
     others: Others | None = None
@@ -72,9 +69,9 @@ class Part:
     def split(self, count: int) -> list[Part]:
         """At most so many consecutive parts of it, none empty."""
         count = min(count, len(self.labels))
+        inputs, labels = _split(self.inputs, count), self.labels.tensor_split(count)
         others = [None] * count if self.others is None else self.others.split(count)
-        columns = (_split(self.inputs, count), self.labels.tensor_split(count), self.groups.tensor_split(count), others)
-        return [Part(own, rows, of, self.weight, more) for own, rows, of, more in zip(*columns, strict=True)]
+        return [Part(own, rows, self.weight, more) for own, rows, more in zip(inputs, labels, others, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +122,6 @@ class Inputs:
         """Raises ConfigError where an utterance does not fit the window, or the model hears no spectrograms to mask."""
         self._examples, self._architecture, self._config = examples, architecture, config
         self._setting, self._augment, self._seed, self._prompts = window, augment or Augment(), seed, prompts
-        self.groups = sorted({example.group for example in examples})
-        self._places = {group: place for place, group in enumerate(self.groups)}
         self._room = self._window(architecture.native_window(config))
         self._features = FeatureCache(architecture, config, kept_bytes)
         longest = max((e.utterance for e in examples), key=lambda utterance: utterance.seconds)
@@ -173,8 +168,7 @@ class Inputs:
         inputs = self._architecture.collate(self._config, features, window)
         decoder, labels = self._read_and_written([example.labels for example in examples])
         others = None if self._prompts is None else self._others(self._prompts, piece, features, window)
-        groups = torch.tensor([self._places[example.group] for example in examples])
-        return Part({**inputs, "decoder_input_ids": decoder}, labels, groups, weight, others)
+        return Part({**inputs, "decoder_input_ids": decoder}, labels, weight, others)
 
     def _others(self, prompts: Prompts, piece: Sequence[Draw], features: Sequence[Any], window: float) -> Others:
         """What stands beside each utterance: it again, or one of another language, with another prompt."""

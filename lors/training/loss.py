@@ -6,7 +6,6 @@ Shapes: B utterances, T tokens, V vocabulary. A Whisper writes 51865 logits a to
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -40,12 +39,9 @@ def token_loss(
     logits: Tensor,  # (B, T, V), of any float dtype; overwritten with its gradient in the backward pass
     labels: Tensor,  # (B, T), `IGNORED` where there is none
     smoothing: float = 0.0,  # the share of each target that is spread over the vocabulary (Szegedy et al. 2015, 7)
-    taught: Tensor | None = None,  # (B, T, V), of any float dtype: a teacher's logits, without a gradient
-    share: float = 0.0,  # of each target that is the teacher's softmax (Hinton et al. 2015, 2, at temperature 1)
 ) -> Tensor:
     """The sum over tokens of the cross-entropy, computed in float32: a scalar."""
-    rows = None if taught is None else taught.flatten(0, 1)
-    loss: Tensor = _TokenLoss.apply(logits.flatten(0, 1), labels.flatten(), smoothing, rows, share)  # type: ignore[no-untyped-call]
+    loss: Tensor = _TokenLoss.apply(logits.flatten(0, 1), labels.flatten(), smoothing)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -53,45 +49,31 @@ class _TokenLoss(torch.autograd.Function):
     """`torch.nn.functional.cross_entropy` keeps log-probabilities and makes a gradient: two more float32 copies."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, smoothing: float, taught: Tensor | None, share: float
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         total = logits.new_zeros((), dtype=torch.float32)
-        for rows, targets, meant in _with_teacher(logits, labels, taught):
+        for rows, targets in zip(torch.split(logits, _ROWS), torch.split(labels, _ROWS), strict=True):
             own = rows.float()
             said = own.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-            wanted = (1 - smoothing) * said
+            each = own.logsumexp(1) - (1 - smoothing) * said
             if smoothing:
-                wanted += smoothing * own.mean(1)
-            if meant is not None:
-                wanted = (1 - share) * wanted + share * (meant.float().softmax(1) * own).sum(1)
-            total += (own.logsumexp(1) - wanted)[targets != IGNORED].sum()
-        ctx.save_for_backward(logits, labels, *(() if taught is None else (taught,)))
-        ctx.smoothing, ctx.share = smoothing, share if taught is not None else 0.0
+                each -= smoothing * own.mean(1)
+            total += each[targets != IGNORED].sum()
+        ctx.save_for_backward(logits, labels)
+        ctx.smoothing = smoothing
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, labels, *taught = ctx.saved_tensors
-        hard = 1 - ctx.share
-        for rows, targets, meant in _with_teacher(logits, labels, taught[0] if taught else None):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, labels = ctx.saved_tensors
+        for rows, targets in zip(torch.split(logits, _ROWS), torch.split(labels, _ROWS), strict=True):
             own = rows.float().softmax(1)
-            if meant is not None:
-                own -= ctx.share * meant.float().softmax(1)
             if ctx.smoothing:
-                own -= hard * ctx.smoothing / own.shape[1]
-            own.scatter_add_(1, targets.clamp(min=0)[:, None], own.new_full((len(own), 1), hard * (ctx.smoothing - 1)))
+                own -= ctx.smoothing / own.shape[1]
+            own.scatter_add_(1, targets.clamp(min=0)[:, None], own.new_full((len(own), 1), ctx.smoothing - 1))
             own *= gradient * (targets != IGNORED)[:, None]
             rows.copy_(own)
-        return logits, None, None, None, None
-
-
-def _with_teacher(
-    logits: Tensor, labels: Tensor, taught: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    meant = repeat(None) if taught is None else torch.split(taught, _ROWS)
-    yield from zip(torch.split(logits, _ROWS), torch.split(labels, _ROWS), meant, strict=taught is not None)
+        return logits, None, None
 
 
 def divergence(

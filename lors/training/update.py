@@ -19,7 +19,6 @@ from lors.training.inputs import Batch, Part
 from lors.training.loss import divergence, token_loss
 from lors.training.precision import require_scale
 from lors.training.preserve import Base
-from lors.training.teachers import Teachers
 from lors.training.weights import update_average
 
 __all__ = [
@@ -67,7 +66,6 @@ def gradient(
     dtype: torch.dtype,
     us: Team,
     base: Base | None = None,  # what the model is held to under other prompts
-    teachers: Teachers | None = None,
 ) -> float:
     """The mean loss a token of the whole batch; its gradient is left in the parameters, scaled by `state.scaler`.
 
@@ -77,35 +75,24 @@ def gradient(
     device, architecture = model.device, architecture_of(model)
     total = torch.zeros((), device=device)
     with contextlib.ExitStack() as stack:
-        beside = [*([] if base is None else [base.model]), *([] if teachers is None else teachers.models)]
-        for one in (model, *beside):
+        for one in (model,) if base is None else (model, base.model):
             stack.enter_context(architecture.windowed(one, batch.window))
         for number, part in enumerate(batch.parts, 1):
             with us.alone(together) if number < len(batch.parts) else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = part.weight * part_loss(together, part, smoothing, device, base, teachers)
+                    loss = part.weight * part_loss(together, part, smoothing, device, base)
                 # DDP takes the mean over the processes.
                 state.scaler.scale(loss * (us.size / batch.tokens)).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
     return us.sum(float(total)) / batch.tokens
 
 
-def part_loss(
-    model: Any,
-    part: Part,
-    smoothing: float,
-    device: torch.device,
-    base: Base | None = None,
-    teachers: Teachers | None = None,
-) -> Tensor:
+def part_loss(model: Any, part: Part, smoothing: float, device: torch.device, base: Base | None = None) -> Tensor:
     """The sum over tokens of a part's losses; with a `base` also of how far the model is from it under other prompts,
     for which the encoder's output is taken again where it is the same speech."""
     inputs = {name: tensor.to(device) for name, tensor in part.inputs.items()}
     out = model(**inputs, use_cache=False)
-    taught, share = None, 0.0
-    if teachers is not None:
-        taught, share = teachers.logits(inputs, part.groups.to(device), out.encoder_last_hidden_state), teachers.share
-    loss = token_loss(out.logits, part.labels.to(device), smoothing, taught, share)
+    loss = token_loss(out.logits, part.labels.to(device), smoothing)
     if base is None or part.others is None:
         return loss
     asked = {"decoder_input_ids": part.others.decoder_input_ids.to(device), "use_cache": False}

@@ -87,9 +87,3 @@ def swapped(parameters: Parameters, values: Mapping[str, Tensor]) -> Iterator[No
     finally:
         for name, value in own.items():
             parameters[name].data = value
-
-
-def same_weights(a: Any, b: Any) -> bool:
-    """Whether two modules have the same parameters and buffers, bit for bit."""
-    own, other = a.state_dict(), b.state_dict()
-    return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)

@@ -328,20 +328,6 @@ def test_the_touched_up_model_may_be_held_on_other_speech_than_the_experts(make:
     }
 
 
-def test_the_touched_up_model_may_be_taught_by_the_experts(make: Make, store: Store) -> None:
-    taught = TOUCH_UP | {"touch_up": {"steps": 7, "distil": 0.5}, "added": {"languages": ["fr"], "steps": 1}}
-    steps = build_steps(make(merge=taught, compare=[]), store)
-    experts = {name: {f"expert-{code}-{task}" for code in codes for task in ("transcribe", "translate")}
-               for name, codes in {"touch up": ["es"], "touch up fr": ["es", "fr"]}.items()}  # fmt: skip
-    for name, expected in experts.items():
-        assert steps[name].settings["distil"] == 0.5
-        assert {role for role in steps[name].inputs if role.startswith("expert-")} == expected
-    assert steps["touch up fr"].inputs["expert-es-translate"].step == "fine-tune es-translate"
-    plain = build_steps(make(merge=TOUCH_UP), store)["touch up"]
-    assert "distil" not in plain.settings
-    assert not any(role.startswith("expert-") for role in plain.inputs)
-
-
 def test_a_language_is_added_to_the_finished_model(make: Make, store: Store) -> None:
     finish(make(merge=TOUCH_UP, languages=["es"], compare=[]), store)
 

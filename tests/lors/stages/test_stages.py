@@ -167,21 +167,6 @@ def test_a_merged_model_is_touched_up_in_its_own_dtypes(tmp_path: Path) -> None:
     assert {"train.jsonl", "tokenizer.json"} <= {path.name for path in out.iterdir()}
 
 
-def test_a_merged_model_may_be_taught_by_the_experts(tmp_path: Path) -> None:
-    """Each teaches its own language and task; those of one training are the same folder."""
-    es, *_ = trained(tmp_path, ["es"])
-    fr, *_ = trained(tmp_path, ["fr"])
-    inputs = {"start": BASE}
-    for language, expert in (("es", es), ("fr", fr)):
-        inputs |= {f"expert-{language}-{task}": str(expert) for task in ("transcribe", "translate")}
-    taught = {"inputs": inputs, "stage": stages.touch_up}
-    out, *_ = trained(tmp_path, ["es", "fr"], settings={"distil": 0.5}, **taught)
-    again, *_ = trained(tmp_path, ["es", "fr"], settings={"distil": 0.5}, **taught)
-    free, *_ = trained(tmp_path, ["es", "fr"], **taught)
-    bytes_of = [(folder_ / "model.safetensors").read_bytes() for folder_ in (out, again, free)]
-    assert bytes_of[0] == bytes_of[1] != bytes_of[2]
-
-
 def test_a_task_vector_goes_on_top_of_a_model_in_its_dtypes(tmp_path: Path) -> None:
     expert, *_ = trained(tmp_path, ["es"])
     start, *_ = trained(tmp_path, ["fr"])

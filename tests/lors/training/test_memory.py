@@ -105,7 +105,6 @@ def test_several_processes_end_in_a_sentence() -> None:
             us=Team(1, 2, model.device),
             dtype=torch.float32,
             base=None,
-            teachers=None,
         )
         with pytest.raises(TrainingError, match="the share of step 1 of one of 2 processes does not fit in the memory"):
             finetune._gradient(run, speech.batch(speech.once(4.0)[0]))
