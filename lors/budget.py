@@ -8,7 +8,6 @@ the mask costs no bytes, so the ranks alone are chosen and the density stays the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -24,28 +23,23 @@ from lors.low_rank import squared_norm, truncated_svd
 from lors.prune import TORCH_DTYPES, Dtype, Plan, PruneSettings
 from lors.sparse import count_for, packed_bytes
 
-__all__ = ["fit_budget", "parse_size", "room_to_prune"]
+__all__ = ["dtype_for", "fit_budget", "room_to_prune"]
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Curve = npt.NDArray[np.float64]
 
-UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 PROVENANCE_BYTES = 4096  # left for what the caller writes into the metadata
 SAMPLE = 2**18  # entries of a residual that are looked at, or an eighth of them where that is more
 BIN_BITS = 20  # of a float32 that are dropped: 8 bins an octave
 BISECTIONS = 24  # of 30 decades: to a part in 10^5
+# Bytes a parameter: measured on Whisper-base, int8 factors keep more energy in the same bytes up to where they hold
+# nearly all of it; from there on only wider numbers add anything.
+INT8_BELOW = 1.7
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 20MB (10^6) or 20MiB (2^20). Raises InputError where it is none."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = {known.lower(): known for known in UNITS} | {"b": ""}
-    if not match or match[2].lower() not in unit:
-        raise InputError(f"the size {text!r} is not a number and a unit; write 20MB (10^6 bytes), or 20MiB (2^20)")
-    size = int(float(match[1]) * UNITS[unit[match[2].lower()]])
-    if size <= 0:
-        raise InputError(f"the size {text!r} is not above 0; write 20MB, for example")
-    return size
+def dtype_for(budget: int, parameters: int) -> Dtype:
+    """What a compact expert is stored in, to keep most energy in the budget."""
+    return "int8" if budget < INT8_BELOW * parameters else "bfloat16"
 
 
 def fit_budget(

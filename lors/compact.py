@@ -6,21 +6,18 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
-from lors.budget import fit_budget, parse_size, room_to_prune
+from lors.budget import dtype_for, fit_budget, room_to_prune
 from lors.checkpoint import Checkpoint
 from lors.delta_file import DeltaFile, write
 from lors.errors import InputError
 from lors.low_rank import load_lapack
 from lors.merging.folders import Progress, check_patterns, open_experts
 from lors.prune import Dtype, PrunedDelta, PruneSettings, prune_delta
+from lors.prune_settings import parse_size
 from lors.resources import cores
 from lors.workers import run_ordered, run_unordered
 
 __all__ = ["prune_expert"]
-
-# Bytes a parameter: measured on Whisper-base, int8 factors keep more energy in the same bytes up to where they hold
-# nearly all of it; from there on only wider numbers add anything.
-INT8_BELOW = 1.7
 
 
 def prune_expert(
@@ -52,7 +49,7 @@ def prune_expert(
         raise InputError(f"{expert} was pruned before; give the model folder that it was made of")
     settings, workers = settings or PruneSettings(), workers or cores()
     if dtype is None:
-        dtype = "float32" if room is None else "int8" if room < INT8_BELOW * model.parameters else "bfloat16"
+        dtype = "float32" if room is None else dtype_for(room, model.parameters)
     if room is not None:
         room_to_prune({name: model.shape(name) for name in model.float_names}, room, settings, dtype)
     total, done = sum(prod(model.shape(name)) for name in model.float_names), 0

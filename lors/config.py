@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, field_validat
 from lors.errors import ConfigError
 from lors.merging.recipe import Recipe
 from lors.merging.settings import TOUCHED_UP, Merge, ScalingSearch, known_method
-from lors.prune_settings import PruneSettings
+from lors.prune_settings import Prune, PruneSettings
 from lors.s3_bucket import check_url
 from lors.secrets import secret_setting
 from lors.settings import Language, Section, Task, nearest
@@ -119,7 +119,7 @@ class Experiment(Section):
     """Languages whose speech comes from another source altogether; each like `corpora`, without overrides."""
     finetune: Finetune = Finetune()
     """How experts are trained."""
-    prune: PruneSettings = PruneSettings()
+    prune: Prune = Prune()
     """LoRS."""
     merge: Merge = Merge()
     """How task vectors become one."""
@@ -336,13 +336,13 @@ class Experiment(Section):
         return make_recipe(
             method,
             self.merge.parameters.get(method),
-            prune=self.prune if METHODS[method].prunes else None,
+            prune=self.prune.ratios if METHODS[method].prunes else None,
             groups=self.merge.groups,
         )
 
     def prune_for(self, method: str) -> PruneSettings:
         """What a method prunes by; of one that prunes nothing, `prune`."""
-        return self.recipe(method).pruning or self.prune
+        return self.recipe(method).pruning or self.prune.ratios
 
     def search(self, method: str) -> ScalingSearch | None:
         """How the scaling coefficient of a method is searched; None where it is not."""

@@ -455,10 +455,11 @@ class _Builder:
         return found
 
     def prune(self, expert: Expert, vector: str, method: str, settings: PruneSettings) -> str:
+        budget = self.experiment.prune.bytes
         return self.add(
             f"prune {expert.id}" if method == "lors" else f"prune {expert.id} as {method}",
             "prune_task_vector",
-            settings.model_dump(mode="json"),
+            settings.model_dump(mode="json") | ({} if budget is None else {"budget": budget}),
             inputs={"task_vector": Source(vector)},
             language=expert.language,
             task=expert.task,

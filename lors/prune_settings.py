@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lors.errors import InputError
 from lors.groups import in_group, overrides
 
-__all__ = ["COMPOSITIONS", "DTYPES", "Composition", "Dtype", "PruneGroup", "PruneSettings"]
+__all__ = ["COMPOSITIONS", "DTYPES", "Composition", "Dtype", "Prune", "PruneGroup", "PruneSettings", "parse_size"]
 
 Composition = Literal["additive", "sequential", "low_rank", "sparse"]
 COMPOSITIONS: tuple[Composition, ...] = get_args(Composition)
@@ -70,3 +72,47 @@ is kept whole."""
             {group: settings.model_dump(exclude_none=True) for group, settings in self.groups.items()}, name, shape
         )
         return own.get("rank_ratio", self.rank_ratio), own.get("density", self.density)
+
+
+class Prune(PruneSettings):
+    """What LoRS keeps of the task vectors of an experiment."""
+
+    budget: str | None = None
+    """The most bytes of each compact expert, such as 20MB: every byte goes where it retains most energy, in place of \
+rank_ratio, density and groups (of sequential, the density stays), with factors in int8, or all in bfloat16 where \
+there is room."""
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_size(cls, budget: str | None) -> str | None:
+        if budget is not None:
+            try:
+                parse_size(budget)
+            except InputError as error:
+                raise ValueError(str(error)) from error
+        return budget
+
+    @property
+    def ratios(self) -> PruneSettings:
+        """The same without a budget."""
+        return PruneSettings(**self.model_dump(exclude={"budget"}))
+
+    @property
+    def bytes(self) -> int | None:
+        """The budget; None where there is none."""
+        return None if self.budget is None else parse_size(self.budget)
+
+
+UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 20MB (10^6) or 20MiB (2^20). Raises InputError where it is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = {known.lower(): known for known in UNITS} | {"b": ""}
+    if not match or match[2].lower() not in unit:
+        raise InputError(f"the size {text!r} is not a number and a unit; write 20MB (10^6 bytes), or 20MiB (2^20)")
+    size = int(float(match[1]) * UNITS[unit[match[2].lower()]])
+    if size <= 0:
+        raise InputError(f"the size {text!r} is not above 0; write 20MB, for example")
+    return size

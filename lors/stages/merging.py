@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 from lors.errors import ConfigError, CorpusError
 from lors.files import write_json
@@ -44,13 +44,24 @@ def prune_task_vector(
     settings: Mapping[str, Any], inputs: Mapping[str, str], out: str, threads: int, **_: Any
 ) -> dict[str, Any]:
     """LoRS on a task vector: the compact expert."""
+    from lors.budget import dtype_for, fit_budget
     from lors.delta_file import DeltaFile, write
-    from lors.prune import PruneSettings, prune_task_vector
+    from lors.prune import Dtype, Plan, PruneSettings, prune_task_vector
 
     use(threads)
-    vector, own = DeltaFile(Path(inputs["task_vector"]) / VECTOR), PruneSettings(**settings)
+    own = PruneSettings(**{name: value for name, value in settings.items() if name != "budget"})
+    vector = DeltaFile(Path(inputs["task_vector"]) / VECTOR)
+    budget, plan = settings.get("budget"), cast("Plan | None", None)
+    dtype: Dtype = "float32"
+    if budget is not None:
+        dtype = dtype_for(budget, sum(math.prod(vector.shape(name)) for name in vector.names))
+        plan = fit_budget(vector.items(), budget, own, dtype)
     pruned = write(
-        Path(out) / VECTOR, prune_task_vector(vector.items(), own), base_digest=vector.base_digest, settings=own
+        Path(out) / VECTOR,
+        prune_task_vector(vector.items(), own, dtype, plan),
+        base_digest=vector.base_digest,
+        settings=own,
+        provenance=None if budget is None else {"budget": budget},
     )
     return {"retained_energy": round(pruned.retained_energy, 6), "bytes": pruned.path.stat().st_size}
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from lors.budget import fit_budget, parse_size
+from lors.budget import fit_budget
 from lors.delta_file import write
 from lors.errors import InputError
 from lors.prune import COMPOSITIONS, DTYPES, PruneSettings, prune_task_vector
+from lors.prune_settings import parse_size
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,7 @@ def test_unknown_key_goes_before_its_consequences() -> None:
         ({"prune": {"density": 1.5}}, "prune.density should be less than or equal to 1, not 1.5"),
         ({"evaluate": {"window": float("nan")}}, "evaluate.window should be 'auto' or a finite number, not nan"),
         ({"finetune": {"learning_rate": float("inf")}}, "finetune.learning_rate should be a finite number, not inf"),
+        ({"prune": {"budget": "20 potatoes"}}, "prune.budget: the size '20 potatoes' is not a number and a unit"),
         ({"prune": {"composition": "sparse", "refinements": 1}}, "prune: refinements need the composition additive"),
         ({"languages": ["es", "fr", "es"]}, "languages: es is listed twice"),
         ({"compare": ["lors", "lors"]}, "compare: lors is listed twice"),

@@ -161,6 +161,15 @@ def test_another_rank_prunes_merges_and_evaluates(make: Make, store: Store) -> N
     assert changed(before, finish(other, store)) == expected
 
 
+def test_a_budget_prunes_each_method_that_prunes_and_nothing_else(make: Make, store: Store) -> None:
+    before = build_steps(make(compare=["sparse", "task_arithmetic"]), store)
+    steps = build_steps(make(prune={"budget": "1.5kB"}, compare=["sparse", "task_arithmetic"]), store)
+    pruned = {name for name, step in steps.items() if step.stage == "prune_task_vector"}
+    assert pruned == {f"prune {expert}{how}" for expert in EXPERTS for how in ("", " as sparse")}
+    for name, step in steps.items():
+        assert step.settings == before[name].settings | ({"budget": 1500} if name in pruned else {})
+
+
 def test_another_weight_or_search_keeps_the_task_vectors(make: Make, store: Store) -> None:
     finish(make(), store)
     weighted = make(merge={"scaling": {"search": [0.2, 0.5]}, "weights": {"es": 0.5}})

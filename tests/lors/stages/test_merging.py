@@ -15,7 +15,7 @@ from stage_calls import folder, nothing
 
 from lors import stages
 from lors.checkpoint import Checkpoint
-from lors.delta_file import DeltaFile, write
+from lors.delta_file import DeltaFile, write, write_dense
 from lors.errors import ConfigError, CorpusError
 from lors.files import file_digest
 from lors.merging import get_method, make_recipe
@@ -70,6 +70,27 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings |= {"min_seconds": 0.1, "max_seconds": 4.0, "max_rejected": 0.05}
     stages.prepare_split(settings, places={}, out=str(out), report=nothing)
     return out
+
+
+@pytest.mark.parametrize(("budget", "dtype"), [(250_000, "int8"), (3_000_000, "bfloat16")])
+def test_a_task_vector_is_pruned_to_a_budget_and_merged(budget: int, dtype: str, tmp_path: Path) -> None:
+    """As `lors prune --budget` does; the settings in the file are still those that the recipe names."""
+    base = Checkpoint(BASE)
+    generator = torch.Generator().manual_seed(0)
+    deltas = {n: 0.01 * torch.randn(base.shape(n), generator=generator) for n in base.float_names}
+    whole, out, merged = (folder(tmp_path / name) for name in ("whole", "out", "merged"))
+    write_dense(whole / VECTOR, deltas.items(), base_digest=base.digest())
+    assert RECIPE.pruning is not None
+    settings = RECIPE.pruning.model_dump(mode="json") | {"budget": budget}
+    done = stages.prune_task_vector(settings, {"task_vector": str(whole)}, str(out), threads=1)
+    pruned = DeltaFile(out / VECTOR)
+    assert (pruned.dtype, pruned.settings) == (dtype, RECIPE.pruning)
+    assert done == {"retained_energy": pytest.approx(pruned.retained_energy, abs=1e-6), "bytes": done["bytes"]}
+    assert 0.8 * budget < done["bytes"] <= budget
+    alone = {"recipe": COMBINING, "weights": {"es-transcribe": 1.0}}
+    stages.combine_task_vectors(alone, {"es-transcribe": str(out)}, {"base": BASE}, str(merged), threads=1)
+    name = "model.decoder.layers.0.fc1.weight"
+    torch.testing.assert_close(DeltaFile(merged / VECTOR).delta(name), pruned.delta(name))
 
 
 def chosen(place: Path, scaling: float, points: tuple[Any, ...] = (), **factors: float) -> str:
