@@ -663,6 +663,24 @@ def test_a_read_only_disk(models: Models, disk: Callable[..., Path], refused: Ru
 STOPPED = [("merge", "out"), ("prune", "out.safetensors"), ("diagnose", "out"), ("apply", "out")]
 
 
+def test_a_second_ctrl_c_does_not_stop_the_cleaning_up(
+    models: Models, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        remove(*arguments, **options)
+
+    monkeypatch.setattr("lors.model_writer.shutil.rmtree", interrupted)
+    monkeypatch.setattr("flows.checkpoints._bar", stub_bar(lambda done, total: os.kill(os.getpid(), signal.SIGINT)))
+    before = signal.getsignal(signal.SIGINT)
+    assert lors("apply", *merging(models, "es_file"), "--out", tmp_path / "out") == 130
+    assert capfd.readouterr().err == "lors: stopped; nothing half-written is left\n"
+    assert tree(tmp_path) == {}
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize(("command", "out"), STOPPED)
 def test_ctrl_c_leaves_nothing(
     command: str, out: str, models: Models, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
