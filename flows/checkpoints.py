@@ -113,27 +113,27 @@ def add_commands(add: Callable[..., Any]) -> None:
 
 def _added(add: Callable[..., Any], name: str, command: Callable[[argparse.Namespace], int], *texts: str) -> Any:
     def stoppable(options: argparse.Namespace) -> int:
-        # What stops a container, or a job, cleans up as Ctrl-C does.
-        before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-        mine = [one for one, handler in before.items() if handler is not signal.SIG_IGN]
-        if threading.current_thread() is not threading.main_thread():
-            mine = []
+        before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            # What stops a container, or a job, cleans up as Ctrl-C does.
+            found = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+            before = {one: handler for one, handler in found.items() if handler not in (signal.SIG_IGN, None)}
 
         def stop(number: int, frame: object) -> None:
-            for one in mine:
+            for one in before:
                 signal.signal(one, signal.SIG_IGN)  # a second one would stop the cleaning up
             raise KeyboardInterrupt
 
         try:
-            for one in mine:
+            for one in before:
                 signal.signal(one, stop)
             return command(options)
         except KeyboardInterrupt:
             print("lors: stopped; nothing half-written is left", file=sys.stderr)
             return 130
         finally:
-            for one in mine:
-                signal.signal(one, before[one])
+            for one, handler in before.items():
+                signal.signal(one, handler)
             gc.freeze()  # or Python walks all of torch as it ends, for a third of a second
 
     return add(name, stoppable, *texts)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 from lors.errors import ConfigError, CorpusError
 from lors.files import write_json
@@ -51,9 +51,9 @@ def prune_task_vector(
     use(threads)
     own = PruneSettings(**{name: value for name, value in settings.items() if name != "budget"})
     vector = DeltaFile(Path(inputs["task_vector"]) / VECTOR)
-    budget, plan = settings.get("budget"), cast("Plan | None", None)
     dtype: Dtype = "float32"
-    if budget is not None:
+    plan: Plan | None = None
+    if (budget := settings.get("budget")) is not None:
         dtype = dtype_for(budget, sum(math.prod(vector.shape(name)) for name in vector.names))
         plan = fit_budget(vector.items(), budget, own, dtype)
     pruned = write(
