@@ -139,7 +139,8 @@ def train_baselines(experiment: Experiment, sources: Sources | None = None) -> d
     """
     with _runtime(experiment, None) as runtime:
         steps, called = build_variants(seed_variants(experiment), runtime.workspace.store, sources)
-        names = {"multitask": "fine-tune multitask", "sequential": f"fine-tune sequential {experiment.order[-1]}"}
+        names = {one: f"fine-tune {one}" for one in ("multitask", "multitask_held")}
+        names["sequential"] = f"fine-tune sequential {experiment.order[-1]}"
         wanted = {baseline: name for baseline, name in names.items() if baseline in experiment.baselines}
         if not wanted:
             raise InputError("the experiment's `baselines` names none that is trained: add multitask or sequential")
@@ -322,7 +323,7 @@ def _orders(
                 deployment, about = "train-expert/train-expert", {"language": step.language, "task": step.task}
             else:
                 deployment, about = "train-baselines/train-baselines", {}
-                one = "sequential" if name.startswith("fine-tune sequential") else "multitask"
+                one = name.split()[1]  # of fine-tune sequential LANGUAGE, say
                 experiment = own.model_copy(update={"baselines": (one,)})
             parameters = {
                 "experiment": experiment.model_dump(mode="json", exclude_unset=True),

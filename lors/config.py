@@ -86,7 +86,7 @@ class Resources(Section):
     """A step whose process gives no sign for so long is ended and tried again; None waits for ever."""
 
 
-Baseline = Literal["base", "experts", "switched", "multitask", "sequential"]
+Baseline = Literal["base", "experts", "switched", "multitask", "multitask_held", "sequential"]
 
 
 class Expert(Section):
@@ -127,8 +127,9 @@ class Experiment(Section):
     """Other merging methods, run beside `merge.method` with the same scaling search."""
     baselines: tuple[Baseline, ...] = ("base", "experts", "switched")
     """switched: the base with the compact expert of the language and task put in at run time. multitask: one model
-    trained on all languages and tasks at once. sequential: one language after the other, each with all tasks. Both with
-    as many updates as all experts together. base and experts, which recovery lies between, are always scored."""
+    trained on all languages and tasks at once. multitask_held: the same, held to the base as experts are by
+    `finetune.preserve`. sequential: one language after the other, each with all tasks. Each of the three with as many
+    updates as all experts together. base and experts, which recovery lies between, are always scored."""
     sequence: tuple[Language, ...] | None = None
     """The order of the sequential baseline; None: as in `languages`."""
     evaluate: Evaluate = Evaluate()
@@ -199,6 +200,8 @@ class Experiment(Section):
         for language, corpora in self.corpora_of.items():
             if corpora.overrides:
                 raise ValueError(f"corpora_of.{language} is of one language: put its overrides beside its source")
+        if self.finetune.preserve is None and "multitask_held" in self.baselines:
+            raise ValueError("baselines: multitask_held is held to the base by finetune.preserve: set that too")
         self._check_searches()
         self._check_paths()
         return self

@@ -325,14 +325,14 @@ class _Builder:
         corpora: Mapping[str, Corpus],
         updates: int = 1,  # as many as so many experts take together
         start: str | None = None,  # the training whose result this one starts from; None is the base
-        baseline: bool = False,
+        held: bool = True,
         **about: Any,
     ) -> str:
         """One training on the speech of one or more (language, task)s."""
         finetune = self.experiment.finetune
         longer: dict[str, Any] = {"steps": updates * finetune.steps}
-        if baseline:
-            longer["preserve"] = None  # it is merged with nothing
+        if not held:
+            longer["preserve"] = None
         if finetune.max_hours is not None:
             longer["max_hours"] = updates * finetune.max_hours
         return self._train(name, "fine_tune", finetune.model_copy(update=longer), parts, corpora, start, **about)
@@ -436,20 +436,17 @@ class _Builder:
 
     def baselines(self, corpora: Mapping[str, Corpus]) -> dict[str, str]:
         """The last step of the training of each baseline that trains one model for all languages."""
-        experiment, found = self.experiment, {}
-        if "multitask" in experiment.baselines:
-            count = len(experiment.experts)
-            found["multitask"] = self.train(
-                "fine-tune multitask", experiment.experts, corpora, updates=count, baseline=True
-            )
+        experiment, found = self.experiment, dict[str, str]()
+        for baseline, held in {"multitask": False, "multitask_held": True}.items():
+            if baseline in experiment.baselines:
+                name, count = f"fine-tune {baseline}", len(experiment.experts)
+                found[baseline] = self.train(name, experiment.experts, corpora, updates=count, held=held)
         if "sequential" in experiment.baselines:
             last: str | None = None
             for language in experiment.order:
                 parts = [expert for expert in experiment.experts if expert.language == language]
                 name = f"fine-tune sequential {language}"
-                last = self.train(
-                    name, parts, corpora, updates=len(parts), start=last, baseline=True, language=language
-                )
+                last = self.train(name, parts, corpora, updates=len(parts), start=last, held=False, language=language)
             assert last is not None, "an experiment has languages"
             found["sequential"] = last
         return found

@@ -189,7 +189,11 @@ def test_unknown_key_goes_before_its_consequences() -> None:
         ({"evaluate": {"guard": ["es"]}}, "evaluate.guard names 'es', which experts are trained for"),
         (
             {"baselines": ["multitusk"]},
-            "baselines.0 should be 'base', 'experts', 'switched', 'multitask' or 'sequential'",
+            "baselines.0 should be 'base', 'experts', 'switched', 'multitask', 'multitask_held' or 'sequential'",
+        ),
+        (
+            {"baselines": ["multitask_held"]},
+            "baselines: multitask_held is held to the base by finetune.preserve: set that too",
         ),
         ({"baselines": ["multitask", "multitask"]}, "baselines: multitask is listed twice"),
         ({"sequence": ["es"]}, "sequence must name each of the languages once: es, fr"),

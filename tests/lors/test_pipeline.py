@@ -266,7 +266,7 @@ HELD = {"preserve": {"speech": ["es", "fr", "de"], "utterances": 1}, "tasks": "t
 
 
 def test_experts_are_held_on_the_first_utterances_of_other_languages(make: Make, store: Store) -> None:
-    steps = build_steps(make(finetune=HELD, baselines=["multitask"]), store)
+    steps = build_steps(make(finetune=HELD, baselines=["multitask", "multitask_held"]), store)
     held = {
         name: {role.removeprefix("held-"): source for role, source in step.inputs.items() if role.startswith("held-")}
         for name, step in steps.items()
@@ -278,11 +278,18 @@ def test_experts_are_held_on_the_first_utterances_of_other_languages(make: Make,
         "fine-tune fr-transcribe": {"es", "de"},
         "fine-tune fr-translate": {"es", "de"},
         "fine-tune multitask": set(),
+        "fine-tune multitask_held": {"de"},
     }
     assert {source.step for found in held.values() for source in found.values()} == {
         f"prepare {language} held" for language in ("es", "fr", "de")
     }
     assert steps["prepare de held"].settings["limit"] == 1
+    trained = {name: steps[f"fine-tune {name}"].settings for name in ("es-transcribe", "multitask", "multitask_held")}
+    hold = {name: settings["finetune"].get("preserve") for name, settings in trained.items()}
+    assert hold["multitask_held"] == hold["es-transcribe"] is not None
+    assert hold["multitask"] is None
+    assert trained["multitask_held"]["parts"] == trained["multitask"]["parts"]
+    assert trained["multitask_held"]["finetune"]["steps"] == trained["multitask"]["finetune"]["steps"]
     assert steps["prepare es train"].settings["limit"] is None
 
 
