@@ -12,6 +12,7 @@ demo: .venv/.installed
 
 # three processes of one thread each: one of them always waits for a program to start, and more threads than cores would
 # wait for one another
+test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .

@@ -34,7 +34,8 @@ from scipy.stats import rankdata
 
 from lors.checkpoint import Checkpoint
 from lors.config import Experiment, Expert, load_experiment
-from lors.diagnostics import Diagnosis, diagnose
+from lors.diagnosis import Diagnosis
+from lors.diagnostics import diagnose
 from lors.errors import InputError
 from lors.files import write_json
 from lors.pipeline import build_steps, resolve_base

@@ -338,9 +338,8 @@ def _diagnose(options: argparse.Namespace) -> int:
     from lors.checkpoint import Checkpoint
     from lors.diagnostics import diagnose
     from lors.diagnostics_page import page
-    from lors.files import write_json
+    from lors.files import write_json, writing
     from lors.merging.folders import open_experts
-    from lors.tensor_file import writing
 
     experts = experts_of(options.expert)
     if not experts:
@@ -364,7 +363,7 @@ def _diagnose(options: argparse.Namespace) -> int:
 @contextmanager
 def _new_folder(out: Path | None) -> Iterator[Path | None]:
     """A folder that becomes `out` when the block ends without an error; nothing where there is no `out`."""
-    from lors.tensor_file import writing
+    from lors.files import writing
 
     if out is None:
         yield None

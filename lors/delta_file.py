@@ -29,11 +29,10 @@ from safetensors import SafetensorError, safe_open
 
 from lors.checkpoint import is_finite
 from lors.errors import CheckpointError
-from lors.files import file_digest
+from lors.files import file_digest, writing
 from lors.low_rank import squared_norm
 from lors.prune import TORCH_DTYPES, Dtype, PrunedDelta, PruneSettings
 from lors.sparse import PackedIndices
-from lors.tensor_file import writing
 
 __all__ = ["DeltaFile", "header_bytes", "write", "write_dense"]
 

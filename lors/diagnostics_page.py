@@ -23,7 +23,7 @@ from lors.drawing import (
 )
 
 if TYPE_CHECKING:
-    from lors.diagnostics import Diagnosis
+    from lors.diagnosis import Diagnosis
 
 __all__ = ["STYLE", "page", "sections"]
 

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lors.errors import InputError, LorsError
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "write_bytes",
     "write_json",
     "write_text",
+    "writing",
 ]
 
 # A file changed twice within a tick of the kernel's clock (at most 10 ms on Linux) keeps its mtime; memoise older ones.
@@ -221,3 +224,16 @@ def brief(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{Path(error.filename).name}: {error.strerror}"
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turns a failed write into the user's InputError naming `out`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, FileExistsError) or "No space left" in reason:
+            in_the_way = f"{error.filename} is a file, not a folder" if isinstance(error, FileExistsError) else ""
+            reason = in_the_way or "No space left on device"
+        raise InputError(f"cannot write {out} ({reason}); choose a place that is writable and has room") from error

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from lors.checkpoint import Checkpoint
 from lors.delta_file import DeltaFile
 from lors.errors import CheckpointError, InputError
-from lors.files import sync_to_disk
-from lors.tensor_file import writing
+from lors.files import sync_to_disk, writing
 
 __all__ = ["LoraExport", "export_lora"]
 

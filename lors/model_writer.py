@@ -17,9 +17,9 @@ import torch
 from lors.blocks import row_blocks
 from lors.checkpoint import Checkpoint, check_compatible, is_finite
 from lors.errors import CheckpointError, InputError
-from lors.files import sync_to_disk
+from lors.files import sync_to_disk, writing
 from lors.model_folder import CONFIG, INDEX, WEIGHTS, folder_digest
-from lors.tensor_file import TensorFile, writing
+from lors.tensor_file import TensorFile
 
 __all__ = ["ModelWriter", "model_writer", "write_model_folder"]
 

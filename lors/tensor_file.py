@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from lors.errors import CheckpointError, InputError
 
-__all__ = ["Entry", "TensorFile", "read_header", "read_rows", "reading", "writing"]
+__all__ = ["Entry", "TensorFile", "read_header", "read_rows", "reading"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -158,16 +158,3 @@ def reading(file: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{file} cannot be read as safetensors ({error}); it is corrupt or cut off: copy it again"
         ) from error
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Turns a failed write into the user's InputError naming `out`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        if isinstance(error, FileExistsError) or "No space left" in reason:
-            in_the_way = f"{error.filename} is a file, not a folder" if isinstance(error, FileExistsError) else ""
-            reason = in_the_way or "No space left on device"
-        raise InputError(f"cannot write {out} ({reason}); choose a place that is writable and has room") from error

@@ -107,3 +107,11 @@ def test_a_quick_command_imports_little(command: list[str], absent: list[str], t
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
+
+
+def test_a_run_s_own_process_needs_no_torch() -> None:
+    """Its steps' children have it; importing it takes seconds."""
+    code = "import sys, flows.pipeline, lors.diagnosis, lors.diagnostics_page; "
+    code += "sys.exit(', '.join({'torch', 'transformers'} & sys.modules.keys()) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

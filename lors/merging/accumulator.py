@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from lors.blocks import row_blocks
 from lors.checkpoint import Checkpoint
 from lors.errors import CheckpointError, InputError
-from lors.files import sync_to_disk
+from lors.files import sync_to_disk, writing
 from lors.merging.combiners import Fold
 from lors.merging.engine import Block, Merger, finished
 from lors.merging.folders import Progress, card, check_patterns, open_experts, write_merged
@@ -29,7 +29,7 @@ from lors.merging.recipe import Recipe, with_group
 from lors.merging.registry import METHODS, expert_weights, with_scaling
 from lors.model_writer import model_writer
 from lors.resources import cores
-from lors.tensor_file import TensorFile, read_header, read_rows, writing
+from lors.tensor_file import TensorFile, read_header, read_rows
 from lors.workers import run_all
 
 __all__ = ["Accumulator", "accumulate", "write_accumulated"]

@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 
 from lors.drawing import Mark, Span, document, line_plot, number, span_bars
+from lors.files import writing
 from lors.merging.settings import TOUCHED_UP
 from lors.report.parts import LABELS, Cell, Section, between, download, table, wide
 from lors.report.run import Run, flat_settings, load_runs
 from lors.report.samples import Sample, choose_samples, compare
 from lors.report.scores import guard, headline, recovery, robustness
 from lors.report.workings import cost, interference, scaling, settings, size, training
-from lors.tensor_file import writing
 from lors.versions import product_of
 
 __all__ = ["LIMIT", "report_page", "write_report"]

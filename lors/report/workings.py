@@ -118,7 +118,7 @@ def interference(run: Run) -> Section | None:
     """The figures of `lors diagnose`."""
     if run.diagnosis is None:
         return None
-    from lors.diagnostics import Diagnosis
+    from lors.diagnosis import Diagnosis
     from lors.diagnostics_page import sections
 
     frames = {

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from flows_helpers import Done, planned, tiny
 
 from lors.config import Experiment, parse_experiment
+from lors.isolate import Slots
+
+
+class _Warm(Slots):
+    """Children that the next flow of this process takes over: each needs seconds to start, and a test runs little."""
+
+    made: dict[tuple[Any, ...], Slots] = {}
+
+    def close(self) -> None:
+        if len(self._free) < len(self._slots):  # a run that is stopped in the middle of a step
+            for key in [key for key, slots in self.made.items() if slots is self]:
+                del self.made[key]
+            super().close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_children() -> Iterator[None]:
+    import flows.pipeline
+
+    def slots(count: int, threads: int, devices: list[str]) -> Slots:
+        key = (count, threads, *devices)
+        return _Warm.made.get(key) or _Warm.made.setdefault(key, _Warm(count, threads, devices))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flows.pipeline, "Slots", slots)
+        yield
+    for left in _Warm.made.values():
+        Slots.close(left)
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +50,6 @@ def done(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Done:
         return parse_experiment(tiny(folder, **changes))
 
     before = planned(make())
-    result = full_pipeline(make())
+    result = full_pipeline(make(resources={"parallel": 2, "threads": 1}))
     summary = json.loads((folder / "out" / "summary.json").read_text())
     return Done(prefect_api, folder, make, before, result, summary)

@@ -24,7 +24,7 @@ def tiny(folder: Path, **changes: Any) -> dict[str, Any]:
         "finetune": {"steps": 2, "learning_rate": 1e-3, "batch_seconds": 10},
         "merge": {"scaling": {"search": [0.3, 0.6], "metric": "loss"}},
         "evaluate": {"batch_seconds": 20},
-        "resources": {"parallel": 2, "threads": 1},
+        "resources": {"parallel": 1, "threads": 1},  # each child more takes seconds to start
         "output": str(folder / "out"),
         "store": str(folder / "store"),
     }

@@ -216,7 +216,7 @@ def test_one_expert_that_cannot_be_trained_loses_nothing_else(prefect_api: str, 
     row = {"text": "hola"}
     path = manifests(tmp_path, "es", train=[row, row], validation=[row], test=[row])
     corpora = {"source": "manifest", "path": path}
-    file = written(tmp_path / "e.yaml", tiny(tmp_path, languages=["es"], corpora=corpora, resources={"parallel": 1}))
+    file = written(tmp_path / "e.yaml", tiny(tmp_path, languages=["es"], corpora=corpora))
     done = lors("run", file, api=prefect_api)
     assert done.returncode == 2
     error = only_error(done)

@@ -24,7 +24,6 @@ STEPS = 60
 def experiment(folder: Path) -> Path:
     folder.mkdir()
     changes: dict[str, Any] = {"languages": ["es"], "tasks": ["transcribe"], "merge": {"scaling": 0.5}}
-    changes["resources"] = {"parallel": 1, "threads": 1}
     changes["finetune"] = {"steps": STEPS, "learning_rate": 1e-3, "batch_seconds": 24}
     corpora = {"source": "synthetic", "utterances": {"train": 24, "validation": 2, "test": 2}}
     return written(folder / "e.yaml", tiny(folder, corpora=corpora, **changes))

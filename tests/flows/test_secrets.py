@@ -120,7 +120,6 @@ class Ran:
 def ran(echo: int, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("secrets")
     changes: dict[str, Any] = {"languages": ["es"], "tasks": ["transcribe"], "merge": {"scaling": 0.5}}
-    changes["resources"] = {"parallel": 1, "threads": 1}
     files = [written(folder / "good.yaml", tiny(folder, **changes))]
     files += [written(folder / f"{name}.yaml", own) for name, own in failing(folder).items()]
     (folder / "broken.yaml").write_text(f"base: starter\ntoken: [{IN_SETTINGS}\n")
