@@ -170,6 +170,8 @@ def prepare_step(
 
 _FIRST = " first"
 """In the names of the steps of the merge that languages are added to."""
+_START = " to touch up"
+"""In those of a merge with the touch-up's own scaling coefficient."""
 
 
 def product_step(experiment: Experiment) -> str:
@@ -184,7 +186,15 @@ def product_step(experiment: Experiment) -> str:
 
 def scaling_step(experiment: Experiment) -> str:
     """The step that has the scaling coefficient of the merge which that model comes from."""
-    return f"select scaling {experiment.merge.method}" + (_FIRST if experiment.merge.added.languages else "")
+    return f"select scaling {experiment.merge.method}{_start_of(experiment)}"
+
+
+def _start_of(experiment: Experiment) -> str:
+    """Which of the merges by its method the product comes from."""
+    if experiment.merge.added.languages:
+        return _FIRST
+    touch_up = experiment.merge.touch_up
+    return "" if touch_up is None or touch_up.scaling is None else _START
 
 
 Corpus = Mapping[str, str]
@@ -342,9 +352,10 @@ class _Builder:
         experiment, added = self.experiment, self.experiment.merge.added
         spoken = dict.fromkeys(expert.language for expert in experiment.first)
         method = experiment.merge.method
-        start = f"write {method}"
-        if added.languages:
-            start = self.merge(method, {expert: vectors[expert] for expert in experiment.first}, corpora, _FIRST)
+        start, which = f"write {method}", _start_of(experiment)
+        if which:
+            first = {expert: vectors[expert] for expert in experiment.first}
+            start = self.merge(method, first, corpora, which, own.scaling)
         model = self.touch_up("touch up", own, spoken, corpora, start)
         peak = added.learning_rate or own.learning_rate
         later = own.model_copy(update={"steps": added.steps, "learning_rate": peak, "validation": None})
@@ -474,6 +485,7 @@ class _Builder:
         vectors: Mapping[Expert, str],
         corpora: Mapping[str, Corpus],
         which: str = "",  # of several merges by this method
+        scaling: float | None = None,  # in place of the experiment's
     ) -> str:
         """The step that writes the merged model."""
         experiment, recipe = self.experiment, self.experiment.recipe(method)
@@ -481,13 +493,16 @@ class _Builder:
         combining = recipe.model_dump(mode="json", exclude={"scaling"})
         scales = {"groups": combining["groups"]}
         combined = self.add(
-            f"combine {method}{which}",
+            f"combine {method}" + which.removeprefix(_START),
             "combine_task_vectors",
             {"recipe": combining, "weights": {expert.id: experiment.weight(expert) for expert in vectors}},
             inputs={expert.id: Source(step) for expert, step in vectors.items()},
             **self.on_base,
         )
-        selected = self.search(recipe, combined, combining, vectors, corpora, which)
+        if scaling is None:
+            selected = self.search(recipe, combined, combining, vectors, corpora, which)
+        else:
+            selected = self.fix_scaling(method, which, scaling)
         settings: dict[str, Any] = {"method": method, **scales}
         inputs = {"scaling": Source(selected)}
         if (search := experiment.search(method)) is not None and search.per == "expert":
@@ -514,10 +529,9 @@ class _Builder:
         experiment, method = self.experiment, recipe.method
         search, languages = experiment.search(method), dict.fromkeys(expert.language for expert in vectors)
         if search is None:
-            own = METHODS[method].searches_scaling and isinstance(experiment.merge.scaling, float | int)
-            chosen = experiment.merge.scaling if own else recipe.scaling
-            fixed = {"method": method, "metric": None, "scaling": chosen}
-            return self.add(f"select scaling {method}{which}", "select_scaling", fixed)
+            given = experiment.merge.scaling if METHODS[method].searches_scaling else None
+            chosen = given if isinstance(given, float | int) else recipe.scaling
+            return self.fix_scaling(method, which, chosen)
         decoding = {
             "metric": search.metric,
             "tasks": experiment.tasks,
@@ -554,6 +568,10 @@ class _Builder:
                 inputs=chosen_from,
             )
         return best
+
+    def fix_scaling(self, method: str, which: str, chosen: float) -> str:
+        fixed = {"method": method, "metric": None, "scaling": chosen}
+        return self.add(f"select scaling {method}{which}", "select_scaling", fixed)
 
     def _decoding(self, language: str, tasks: tuple[str, ...]) -> dict[str, Any]:
         return decoding_settings(self.experiment.evaluate, language, tasks, "test")

@@ -46,6 +46,9 @@ class TouchUp(Section):
     """Updates of the weights, of batches that are drawn from all languages and tasks."""
     learning_rate: PositiveFloat | None = None
     """The peak; None: that of `finetune`."""
+    scaling: Annotated[float, Field(ge=0)] | None = None
+    """The scaling coefficient of the merge that it starts from; None: that of the merged model. A larger one than is
+    best without a touch-up keeps more of what experts learned, and the touch-up mends what they do to one another."""
     freeze: tuple[str, ...] = ()
     """What is not trained, as in `finetune`."""
     speech: tuple[Language, ...] | None = None

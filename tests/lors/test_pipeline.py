@@ -330,6 +330,30 @@ def test_the_merged_model_is_touched_up_on_all_languages_and_tasks(make: Make, s
     assert "touch up" in to_run(make(merge=TOUCH_UP, prune={"rank_ratio": 0.3}), store)
 
 
+def test_the_touch_up_may_start_from_a_merge_at_its_own_scaling(make: Make, store: Store) -> None:
+    finish(make(), store)
+    own = TOUCH_UP | {"touch_up": {"steps": 7, "scaling": 1.5}}
+    larger = make(merge=own)
+    new = {"select scaling lors to touch up", "write lors to touch up", "touch up"}
+    assert to_run(larger, store) == {*new, *evaluated("touched_up", "es", "fr"), "score systems"}
+    steps = build_steps(larger, store)
+    assert steps["touch up"].inputs["start"].step == "write lors to touch up"
+    assert scaling_step(larger) == "select scaling lors to touch up"
+    assert steps[scaling_step(larger)].settings["scaling"] == 1.5
+    assert steps["evaluate lors es"].inputs["model"].step == "write lors"
+    started = {source.step for source in steps["write lors to touch up"].inputs.values()}
+    assert started == {"combine lors", scaling_step(larger)}
+    finish(larger, store)
+
+    # The merge that a language is added to is the same one, and needs no search of its own.
+    more = own | {"added": {"languages": ["de"], "steps": 3}}
+    added = make(merge=more, languages=["es", "fr", "de"], compare=[])
+    assert not {"touch up", "write lors first", "combine lors first"} & to_run(added, store)
+    steps = build_steps(added, store)
+    assert (scaling_step(added), steps[scaling_step(added)].settings["scaling"]) == ("select scaling lors first", 1.5)
+    assert not [name for name in steps if name.startswith("score lors")]
+
+
 def test_the_touched_up_model_may_be_held_on_other_speech_than_the_experts(make: Make, store: Store) -> None:
     own = TOUCH_UP | {"touch_up": {"steps": 7, "speech": ["de"]}}
     held = {"preserve": {"speech": ["es"], "utterances": 1}}
