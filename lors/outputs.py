@@ -102,6 +102,7 @@ def publish(
             "curves": {
                 system: read_json(store.path(artifacts[step]) / "scaling.json") for system, step in curves.items()
             },
+            "validation": artifacts[product_step(experiment)].summary.get("best_value"),
             "seeds": {"finetune": experiment.finetune.seed, "corpora": getattr(experiment.corpora, "seed", None)},
             "experiment": experiment.model_dump(mode="json"),
         }

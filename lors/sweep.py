@@ -18,6 +18,7 @@ import yaml
 
 from lors.config import Experiment, load_experiment
 from lors.errors import ConfigError
+from lors.merging.settings import TOUCHED_UP
 from lors.pipeline import Sources, build_steps
 from lors.settings import Section
 from lors.steps import VERSIONS, Step
@@ -139,7 +140,7 @@ def sweep_table(found: Sequence[tuple[Variant, Mapping[str, Any]]]) -> tuple[lis
     """One row a point of the grid and merged system, from the summaries of the variants; and as Markdown.
 
     Over several seeds a row has their mean and, as `NAME_sd`, their sample standard deviation. `validation` is the
-    value that the search chose by, so that a point can be picked without the test split.
+    value that the search chose by, or the touch-up's last one, so that a point can be picked without the test split.
     """
     points: dict[str, list[tuple[Variant, Mapping[str, Any]]]] = {}
     for variant, summary in found:
@@ -149,7 +150,10 @@ def sweep_table(found: Sequence[tuple[Variant, Mapping[str, Any]]]) -> tuple[lis
         first, summary = group[0]
         for system in summary["systems"]:
             row: dict[str, Any] = {**first.changes, "system": system, "seeds": len(group)}
-            tried = [_validation(summary["curves"].get(system)) for _, summary in group]
+            if system == TOUCHED_UP:
+                tried = [summary.get("validation") for _, summary in group]
+            else:
+                tried = [_validation(summary["curves"].get(system)) for _, summary in group]
             row |= _mean("validation", tried)
             for name in _MEANS:
                 row |= _mean(name, [summary["systems"][system].get(name) for _, summary in group])

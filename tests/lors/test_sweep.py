@@ -100,11 +100,14 @@ def test_the_table_has_means_and_spreads_over_seeds(file: Path) -> None:
         chosen = {"scaling": 0.2, "factors": {}}
         points = [{**chosen, "value": 30.0}, {"scaling": 0.5, "factors": {}, "value": 40.0}]
         return {
-            "systems": {"lors": {"recovery": recovery, "wer": 20.0}},
+            "systems": {"lors": {"recovery": recovery, "wer": 20.0}, "touched_up": {"recovery": recovery, "wer": 19.0}},
             "curves": {"lors": {**chosen, "points": points}},
+            "validation": 29.0,
         }
 
     rows, table = sweep_table(list(zip(found, map(summary, (0.2, 0.4, 0.5, None)), strict=True)))
+    touched_up, rows = rows[1::2], rows[::2]
+    assert [row["validation"] for row in touched_up] == [29.0, 29.0]
     assert [row["prune.density"] for row in rows] == [0.1, 0.2]
     assert rows[0]["recovery"] == pytest.approx(0.3)
     assert rows[0]["recovery_sd"] == pytest.approx(0.1414, abs=1e-3)
