@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -119,6 +119,7 @@ def test_edges_that_lose_nothing(shape):
 
 
 @settings(max_examples=30)
+@example(10, 16, 0.125, 0.05078125, 77)
 @given(st.integers(2, 24), st.integers(2, 24), st.floats(0.05, 0.6), st.floats(0.05, 0.6), st.integers(0, 99))
 def test_each_part_more_lowers_the_error(m, n, rank_ratio, density, seed):
     delta = random(m, n, seed=seed) + torch.where(random(m, n, seed=seed + 1) > 0.0015, 0.05, 0.0)  # with spikes
@@ -126,7 +127,7 @@ def test_each_part_more_lowers_the_error(m, n, rank_ratio, density, seed):
     def error(**options):
         return prune_delta(delta, PruneSettings(rank_ratio=rank_ratio, density=density, **options)).error
 
-    slack = 1e-9 * float(delta.square().sum())
+    slack = torch.finfo(torch.float32).eps * float(delta.square().sum())  # once it is converged, rounding is left
     alone = error(composition="low_rank")
     errors = [error(refinements=k) for k in (0, 1, 3, 10)]
     for more, less in zip(errors, [alone, *errors], strict=False):
