@@ -11,7 +11,7 @@ demo: .venv/.installed
 	.venv/bin/lors run deployments/demo.yaml
 
 # three processes of one thread each: one of them always waits for a program to start, and more threads than cores would
-# wait for one another
+# wait for one another; bytecode is kept, since a hundred programs start
 test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/.installed
 	.venv/bin/ruff check .

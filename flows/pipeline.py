@@ -143,7 +143,7 @@ def train_baselines(experiment: Experiment, sources: Sources | None = None) -> d
         names["sequential"] = f"fine-tune sequential {experiment.order[-1]}"
         wanted = {baseline: name for baseline, name in names.items() if baseline in experiment.baselines}
         if not wanted:
-            raise InputError("the experiment's `baselines` names none that is trained: add multitask or sequential")
+            raise InputError(f"the experiment's `baselines` names none that is trained: add one of {', '.join(names)}")
         artifacts = _run([own[name] for own in called for name in wanted.values()], steps, runtime)
         return {baseline: artifacts[called[0][name]].to_json() for baseline, name in wanted.items()}
 

@@ -19,8 +19,10 @@ import yaml
 from lors.config import Experiment
 from lors.errors import InputError, LorsError
 from lors.files import file_digest, storage_errors, write_json
+from lors.merging.settings import TOUCHED_UP
 from lors.model_folder import read_json
 from lors.pipeline import product_step, scaling_step, split_name
+from lors.scaling import chosen_value
 from lors.steps import Step
 from lors.store import Artifact, Store
 from lors.sweep import Variant, sweep_table
@@ -84,8 +86,12 @@ def publish(
         _prune_folder(output / "experts", set(kept))
         if models:
             _publish_model(store, product, output / "model", _card(experiment, scores))
-        curves = {experiment.merge.method: scaling_step(experiment)}
-        curves |= {system: f"select scaling {system}" for system in experiment.systems}
+        selects = {experiment.merge.method: scaling_step(experiment)}
+        selects |= {system: f"select scaling {system}" for system in experiment.systems}
+        curves = {system: read_json(store.path(artifacts[step]) / "scaling.json") for system, step in selects.items()}
+        validation = {system: chosen_value(curve) for system, curve in curves.items()}
+        if experiment.merge.touch_up is not None:
+            validation[TOUCHED_UP] = artifacts[product_step(experiment)].summary.get("best_value")
         settings = yaml.safe_dump(experiment.model_dump(mode="json", exclude_unset=True), sort_keys=False)
         (output / "experiment.yaml").write_text(settings, "utf-8")
         (output / "training.csv").write_text(_training(steps, artifacts, store), "utf-8")
@@ -99,10 +105,8 @@ def publish(
             "product": {"system": experiment.product, "step": product_step(experiment)},
             "sizes": sizes,
             "scaling": artifacts[scaling_step(experiment)].summary["scaling"],
-            "curves": {
-                system: read_json(store.path(artifacts[step]) / "scaling.json") for system, step in curves.items()
-            },
-            "validation": artifacts[product_step(experiment)].summary.get("best_value"),
+            "curves": curves,
+            "validation": validation,
             "seeds": {"finetune": experiment.finetune.seed, "corpora": getattr(experiment.corpora, "seed", None)},
             "experiment": experiment.model_dump(mode="json"),
         }

@@ -4,11 +4,12 @@ prepare (language, split) ──► fine-tune (expert) ──► extract (expert
                      │                                                       │
                      │    combine (system) ◄─────────────────────────────────┘
                      │        └──► score scaling (system, coefficient) ──► select ──► write model
-                     └──► fine-tune (multitask, sequential)                               │
+                     └──► fine-tune (baselines)                                          │
                               └──► evaluate (system, language) ◄──────────────────────────┘ ──► score
 evaluate takes the experts, and the base with each pruned one (switched), too; diagnose reads the extracted ones.
-touch up goes on from what `write model` made, on the speech of all languages, and is evaluated too; languages that
-came later are each put on top of that (add) and touched up; a held expert reads `prepare held` of other languages.
+touch up goes on from what `write model` made, at its own coefficient where it has one, on the speech of all languages,
+and is evaluated too; languages that came later are each put on top of that (add) and touched up; a held expert reads
+`prepare held` of other languages.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def prepare_step(
 _FIRST = " first"
 """In the names of the steps of the merge that languages are added to."""
 _START = " to touch up"
-"""In those of a merge with the touch-up's own scaling coefficient."""
+"""In those of what is made with the touch-up's own scaling coefficient."""
 
 
 def product_step(experiment: Experiment) -> str:
@@ -186,15 +187,10 @@ def product_step(experiment: Experiment) -> str:
 
 def scaling_step(experiment: Experiment) -> str:
     """The step that has the scaling coefficient of the merge which that model comes from."""
-    return f"select scaling {experiment.merge.method}{_start_of(experiment)}"
-
-
-def _start_of(experiment: Experiment) -> str:
-    """Which of the merges by its method the product comes from."""
-    if experiment.merge.added.languages:
-        return _FIRST
-    touch_up = experiment.merge.touch_up
-    return "" if touch_up is None or touch_up.scaling is None else _START
+    merge = experiment.merge
+    which = _FIRST if merge.added.languages else ""
+    own = "" if merge.touch_up is None or merge.touch_up.scaling is None else _START
+    return f"select scaling {merge.method}{which}{own}"
 
 
 Corpus = Mapping[str, str]
@@ -352,10 +348,8 @@ class _Builder:
         experiment, added = self.experiment, self.experiment.merge.added
         spoken = dict.fromkeys(expert.language for expert in experiment.first)
         method = experiment.merge.method
-        start, which = f"write {method}", _start_of(experiment)
-        if which:
-            first = {expert: vectors[expert] for expert in experiment.first}
-            start = self.merge(method, first, corpora, which, own.scaling)
+        first = {expert: vectors[expert] for expert in experiment.first}
+        start = self.merge(method, first, corpora, _FIRST if added.languages else "", own.scaling)
         model = self.touch_up("touch up", own, spoken, corpora, start)
         peak = added.learning_rate or own.learning_rate
         later = own.model_copy(update={"steps": added.steps, "learning_rate": peak, "validation": None})
@@ -485,7 +479,7 @@ class _Builder:
         vectors: Mapping[Expert, str],
         corpora: Mapping[str, Corpus],
         which: str = "",  # of several merges by this method
-        scaling: float | None = None,  # in place of the experiment's
+        scaling: float | None = None,  # the touch-up's own
     ) -> str:
         """The step that writes the merged model."""
         experiment, recipe = self.experiment, self.experiment.recipe(method)
@@ -493,7 +487,7 @@ class _Builder:
         combining = recipe.model_dump(mode="json", exclude={"scaling"})
         scales = {"groups": combining["groups"]}
         combined = self.add(
-            f"combine {method}" + which.removeprefix(_START),
+            f"combine {method}{which}",
             "combine_task_vectors",
             {"recipe": combining, "weights": {expert.id: experiment.weight(expert) for expert in vectors}},
             inputs={expert.id: Source(step) for expert, step in vectors.items()},
@@ -502,6 +496,7 @@ class _Builder:
         if scaling is None:
             selected = self.search(recipe, combined, combining, vectors, corpora, which)
         else:
+            which += _START
             selected = self.fix_scaling(method, which, scaling)
         settings: dict[str, Any] = {"method": method, **scales}
         inputs = {"scaling": Source(selected)}

@@ -17,7 +17,7 @@ from lors.groups import in_group
 if TYPE_CHECKING:
     from lors.merging.settings import ScalingSearch
 
-__all__ = ["PARTS", "Round", "choose", "higher_is_better", "part_of", "points", "propose", "schedule"]
+__all__ = ["PARTS", "Round", "choose", "chosen_value", "higher_is_better", "part_of", "points", "propose", "schedule"]
 
 PARTS: Final = ("encoder", "decoder")
 """The coordinates of a search by part."""
@@ -88,3 +88,11 @@ def choose(tried: Sequence[Mapping[str, Any]], higher_is_better: bool) -> Mappin
         return (-value if higher_is_better else value, point["scaling"], deviation, factors)
 
     return min(tried, key=rank)
+
+
+def chosen_value(curve: Mapping[str, Any]) -> float | None:
+    """The validation value of the point that a search chose (`curve`: scaling.json); None where it was set."""
+    for point in curve["points"]:
+        if (point["scaling"], point["factors"]) == (curve["scaling"], curve["factors"]):
+            return float(point["value"])
+    return None

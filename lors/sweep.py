@@ -18,7 +18,6 @@ import yaml
 
 from lors.config import Experiment, load_experiment
 from lors.errors import ConfigError
-from lors.merging.settings import TOUCHED_UP
 from lors.pipeline import Sources, build_steps
 from lors.settings import Section
 from lors.steps import VERSIONS, Step
@@ -140,7 +139,7 @@ def sweep_table(found: Sequence[tuple[Variant, Mapping[str, Any]]]) -> tuple[lis
     """One row a point of the grid and merged system, from the summaries of the variants; and as Markdown.
 
     Over several seeds a row has their mean and, as `NAME_sd`, their sample standard deviation. `validation` is the
-    value that the search chose by, or the touch-up's last one, so that a point can be picked without the test split.
+    value that the search chose by, or the touched-up model's, so that a point can be picked without the test split.
     """
     points: dict[str, list[tuple[Variant, Mapping[str, Any]]]] = {}
     for variant, summary in found:
@@ -150,23 +149,11 @@ def sweep_table(found: Sequence[tuple[Variant, Mapping[str, Any]]]) -> tuple[lis
         first, summary = group[0]
         for system in summary["systems"]:
             row: dict[str, Any] = {**first.changes, "system": system, "seeds": len(group)}
-            if system == TOUCHED_UP:
-                tried = [summary.get("validation") for _, summary in group]
-            else:
-                tried = [_validation(summary["curves"].get(system)) for _, summary in group]
-            row |= _mean("validation", tried)
+            row |= _mean("validation", [summary["validation"].get(system) for _, summary in group])
             for name in _MEANS:
                 row |= _mean(name, [summary["systems"][system].get(name) for _, summary in group])
             rows.append(row)
     return rows, _markdown(rows)
-
-
-def _validation(curve: Mapping[str, Any] | None) -> float | None:
-    """The value of the point that a search chose."""
-    for point in (curve or {}).get("points", []):
-        if curve is not None and (point["scaling"], point["factors"]) == (curve["scaling"], curve["factors"]):
-            return float(point["value"])
-    return None
 
 
 def _mean(name: str, values: Sequence[float | None]) -> dict[str, float | None]:

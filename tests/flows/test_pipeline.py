@@ -176,7 +176,9 @@ def test_baselines_and_guard_languages_run_in_the_same_graph(done: Done) -> None
     assert (other.output / "table.md").read_text().splitlines()[0].endswith("| guard it WER | guard it BLEU |")
     assert {path.stem for path in (other.output / "hypotheses").iterdir()} == set(summary["systems"])
     assert planned(other) == set()
-    with pytest.raises(InputError, match="`baselines` names none that is trained: add multitask or sequential"):
+    with pytest.raises(
+        InputError, match="`baselines` names none that is trained: add one of multitask, multitask_held, sequential"
+    ):
         train_baselines(done.make())
 
 
@@ -283,17 +285,22 @@ def test_an_output_of_another_experiment_is_replaced(done: Done) -> None:
 
 
 def test_the_touched_up_model_is_the_one_that_is_written(done: Done) -> None:
-    own = {"scaling": {"search": [0.3, 0.6], "metric": "loss"}, "touch_up": {"steps": 2}}
+    touch_up = {"steps": 2, "scaling": 0.6, "validation": {"every": 2, "metric": "loss"}}
+    own = {"scaling": {"search": [0.3, 0.6], "metric": "loss"}, "touch_up": touch_up}
     touched = done.make(merge=own, output=str(done.folder / "touched"))
     before = planned(touched)
     assert set(full_pipeline(touched)["computed"]) == before
-    assert before == {"touch up", "evaluate touched_up es", "evaluate touched_up fr", "score systems"}
+    start = {"select scaling lors to touch up", "write lors to touch up"}
+    assert before == {*start, "touch up", "evaluate touched_up es", "evaluate touched_up fr", "score systems"}
     summary = summary_of(touched)
     assert summary["model"] == "touched_up, in model/"
     assert list(summary["systems"])[-2:] == ["lors", "touched_up"]
     (version,) = history(touched.output)
     assert version["model"] == summary["digests"]["touch up"]
-    assert (version["method"], version["touched_up"]) == ("lors", True)
+    assert (version["method"], version["touched_up"], version["scaling"]) == ("lors", True, 0.6)
+    values = {point["scaling"]: point["value"] for point in summary["curves"]["lors"]["points"]}
+    assert summary["validation"]["lors"] == min(values.values())
+    assert 0 < summary["validation"]["touched_up"] < values[0.6]  # the loss after two updates, and before them
     assert version["scores"]["wer"] == summary["systems"]["touched_up"]["wer"]
     card = (touched.output / "model" / "README.md").read_text()
     assert "# Merged and touched up" in card

@@ -348,9 +348,10 @@ def test_the_touch_up_may_start_from_a_merge_at_its_own_scaling(make: Make, stor
     # The merge that a language is added to is the same one, and needs no search of its own.
     more = own | {"added": {"languages": ["de"], "steps": 3}}
     added = make(merge=more, languages=["es", "fr", "de"], compare=[])
-    assert not {"touch up", "write lors first", "combine lors first"} & to_run(added, store)
+    assert not {"touch up", "write lors first to touch up", "combine lors first"} & to_run(added, store)
     steps = build_steps(added, store)
-    assert (scaling_step(added), steps[scaling_step(added)].settings["scaling"]) == ("select scaling lors first", 1.5)
+    assert scaling_step(added) == "select scaling lors first to touch up"
+    assert steps[scaling_step(added)].settings["scaling"] == 1.5
     assert not [name for name in steps if name.startswith("score lors")]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lors.merging.settings import ScalingSearch
-from lors.scaling import PARTS, Round, choose, higher_is_better, part_of, points, propose, schedule
+from lors.scaling import PARTS, Round, choose, chosen_value, higher_is_better, part_of, points, propose, schedule
 from lors.scoring.metrics import LOWER_IS_BETTER, METRICS
 
 EXPERTS = ("es-transcribe", "fr-transcribe", "fr-translate")
@@ -54,6 +54,12 @@ def test_of_equals_the_smaller_coefficient_wins_and_then_the_factors_nearest_to_
     assert choose([far, near], True) == near
     assert choose([at(0.3, 5, decoder=1.25), at(0.3, 5, encoder=1.25)], False)["factors"] == {"decoder": 1.25}
     assert choose([stayed, at(0.3, 4.9, encoder=0.5)], False)["factors"] == {"encoder": 0.5}
+
+
+def test_the_value_of_what_was_chosen_is_known_where_it_was_searched() -> None:
+    points = [at(0.3, 40), at(0.6, 30, encoder=1.25), at(0.6, 35)]
+    assert chosen_value({"scaling": 0.6, "factors": {"encoder": 1.25}, "points": points}) == 30
+    assert chosen_value({"scaling": 0.6, "factors": {}, "points": []}) is None
 
 
 def test_every_metric_of_a_search_has_the_direction_of_the_score() -> None:
