@@ -14,9 +14,15 @@ from lors.isolate import Slots
 
 
 class _Warm(Slots):
-    """Children that the next flow of this process takes over: each needs seconds to start, and a test runs little."""
+    """Children that the next flow of this process takes over: each needs seconds to start, and a test runs little.
+
+    Trainings run in them, too: that each has a child of its own is for the tests that run commands.
+    """
 
     made: dict[tuple[Any, ...], Slots] = {}
+
+    def run(self, *job: Any, **options: Any) -> dict[str, Any]:
+        return super().run(*job, **options | {"fresh": False})
 
     def close(self) -> None:
         if len(self._free) < len(self._slots):  # a run that is stopped in the middle of a step
