@@ -30,7 +30,7 @@ from lors.errors import InputError, LorsError, StepFailedError, WorseError
 from lors.isolate import Slots
 from lors.lease import hold
 from lors.network import lost_connection
-from lors.outputs import publish, publish_sweep, require_writable
+from lors.outputs import publish, publish_sweep, require_writable, touch_up_advice
 from lors.pipeline import Sources, keep_base_step, sources_of
 from lors.report import write_report
 from lors.resources import shares
@@ -382,7 +382,7 @@ def _run_and_publish(
     artifacts = _run(steps, steps, runtime)
     seconds = round(time.monotonic() - started, 1)
     runtime.check()
-    summaries = []
+    summaries, advice = [], []
     for variant, names in zip(variants, called, strict=True):
         own = {name: steps[there] for name, there in names.items()}
         found = {name: artifacts[there] for name, there in names.items()}
@@ -390,8 +390,12 @@ def _run_and_publish(
         experiment = variant.experiment
         summaries.append(publish(experiment, own, found, computed, store, seconds=seconds, models=models, how=how))
         write_report([experiment.output], experiment.output / "report.html")
+        if said := touch_up_advice(experiment, summaries[-1]["validation"]):
+            advice.append(f"{experiment.output}: {said}")
+            get_run_logger().warning(advice[-1])
     if variants[0].experiment.output != output:
         publish_sweep(output, list(zip(variants, summaries, strict=True)))
         write_report([output], output / "report.html")
     create_run_artifacts(output)
-    return {"output": str(output), "systems": summaries[0]["systems"], "computed": sorted(runtime.computed)}
+    result = {"output": str(output), "systems": summaries[0]["systems"]}
+    return {**result, "computed": sorted(runtime.computed), "advice": advice}

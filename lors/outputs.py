@@ -29,7 +29,7 @@ from lors.sweep import Variant, sweep_table
 from lors.training.settings import LOG
 from lors.versions import keep_current, record_current, swap_folder
 
-__all__ = ["publish", "publish_scores", "publish_sweep", "require_writable"]
+__all__ = ["publish", "publish_scores", "publish_sweep", "require_writable", "touch_up_advice"]
 
 _PACKAGES = tuple("lors torch transformers prefect datasets safetensors jiwer sacrebleu numpy scipy".split())
 
@@ -194,6 +194,26 @@ def publish_sweep(output: Path, found: Sequence[tuple[Variant, Mapping[str, Any]
 
 
 _TRAINING = ("step", "loss", "learning_rate", "validation_loss", "validation_score")
+
+
+def touch_up_advice(experiment: Experiment, validation: Mapping[str, float | None]) -> str | None:
+    """What to change where touching up ends worse on validation than the merge alone; None where it does not.
+
+    `validation` is that of summary.json; only scores of the same utterances are compared.
+    """
+    merge, own = experiment.merge, experiment.merge.touch_up
+    if own is None or own.validation is None or own.validation.limit is not None or merge.added.languages:
+        return None
+    if isinstance(merge.scaling, int | float) or {merge.scaling.metric, own.validation.metric} != {"score"}:
+        return None
+    alone, after = validation[merge.method], validation[TOUCHED_UP]
+    if alone is None or after is None or after <= alone:
+        return None
+    smaller = "" if own.scaling is None else "lower merge.touch_up.scaling, or "
+    return (
+        f"The touched-up model is worse on validation than {merge.method} alone ({after:.3g} and {alone:.3g}): "
+        f"{smaller}give merge.touch_up more steps, or leave it out."
+    )
 
 
 def _training(steps: Mapping[str, Step], artifacts: Mapping[str, Artifact], store: Store) -> str:

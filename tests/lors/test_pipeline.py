@@ -15,6 +15,7 @@ import soundfile
 
 from lors.config import Experiment, parse_experiment
 from lors.errors import CheckpointError, ConfigError, CorpusError, InputError
+from lors.outputs import touch_up_advice
 from lors.pipeline import build_steps, product_step, scaling_step
 from lors.starter import MODEL_FOLDER
 from lors.steps import VERSIONS, Step, plan
@@ -328,6 +329,27 @@ def test_the_merged_model_is_touched_up_on_all_languages_and_tasks(make: Make, s
     slower = TOUCH_UP | {"touch_up": {"steps": 7, "learning_rate": 1e-5}}
     assert to_run(make(merge=slower), store) == own
     assert "touch up" in to_run(make(merge=TOUCH_UP, prune={"rank_ratio": 0.3}), store)
+
+
+def test_a_touch_up_that_makes_a_model_worse_is_said(make: Make) -> None:
+    """Where both values are scores of the same utterances, and else nothing."""
+
+    def said(alone: float | None, after: float | None, own: dict[str, Any] | None = None, **merge: Any) -> str | None:
+        touch_up = {"steps": 2, "scaling": 2.0, "validation": {"every": 2}} | (own or {})
+        experiment = make(merge={"scaling": {"search": [0.3]}, "touch_up": touch_up} | merge)
+        return touch_up_advice(experiment, {"lors": alone, "touched_up": after})
+
+    worse = "The touched-up model is worse on validation than lors alone (41.5 and 38.3): "
+    assert (
+        said(38.3, 41.5) == f"{worse}lower merge.touch_up.scaling, or give merge.touch_up more steps, or leave it out."
+    )
+    assert said(38.3, 41.5, {"scaling": None}) == f"{worse}give merge.touch_up more steps, or leave it out."
+    assert said(38.3, 38.3) is None
+    assert said(None, 41.5, scaling=0.3) is None
+    assert said(38.3, None, {"validation": None}) is None
+    assert said(38.3, 41.5, {"validation": {"every": 2, "limit": 1}}) is None
+    assert said(38.3, 41.5, {"validation": {"every": 2, "metric": "loss"}}) is None
+    assert said(38.3, 41.5, touch_up=None) is None
 
 
 def test_the_touch_up_may_start_from_a_merge_at_its_own_scaling(make: Make, store: Store) -> None:
