@@ -209,7 +209,8 @@ def _run(options: argparse.Namespace) -> int:
         print(f"\n{len(result['computed'])} steps computed, {steps - len(result['computed'])} cached.")
         models = experiment.output / "model" if experiment.seeds is None else "a folder for each seed"
         print(f"The merged model is in {models}, all results in {experiment.output}, for people in report.html.")
-        print("\n".join(result["advice"]), end="\n" if result["advice"] else "")
+        for advice in result["advice"]:
+            print(advice)
     return 0
 
 

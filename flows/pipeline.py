@@ -397,5 +397,9 @@ def _run_and_publish(
         publish_sweep(output, list(zip(variants, summaries, strict=True)))
         write_report([output], output / "report.html")
     create_run_artifacts(output)
-    result = {"output": str(output), "systems": summaries[0]["systems"]}
-    return {**result, "computed": sorted(runtime.computed), "advice": advice}
+    return {
+        "output": str(output),
+        "systems": summaries[0]["systems"],
+        "computed": sorted(runtime.computed),
+        "advice": advice,
+    }

@@ -193,9 +193,6 @@ def publish_sweep(output: Path, found: Sequence[tuple[Variant, Mapping[str, Any]
         write_json(output / "sweep.json", {"variants": listed, "means": rows})
 
 
-_TRAINING = ("step", "loss", "learning_rate", "validation_loss", "validation_score")
-
-
 def touch_up_advice(experiment: Experiment, validation: Mapping[str, float | None]) -> str | None:
     """What to change where touching up ends worse on validation than the merge alone; None where it does not.
 
@@ -214,6 +211,9 @@ def touch_up_advice(experiment: Experiment, validation: Mapping[str, float | Non
         f"The touched-up model is worse on validation than {merge.method} alone ({after:.3g} and {alone:.3g}): "
         f"{smaller}give merge.touch_up more steps, or leave it out."
     )
+
+
+_TRAINING = ("step", "loss", "learning_rate", "validation_loss", "validation_score")
 
 
 def _training(steps: Mapping[str, Step], artifacts: Mapping[str, Artifact], store: Store) -> str:
