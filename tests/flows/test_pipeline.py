@@ -311,6 +311,16 @@ def test_the_touched_up_model_is_the_one_that_is_written(done: Done) -> None:
     assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (touched.output / "model").iterdir()}
 
 
+def test_a_run_says_that_its_touch_up_makes_the_model_worse(done: Done) -> None:
+    too_far = {"steps": 1, "scaling": 9.0, "validation": {"every": 1, "start": True}}
+    output = str(done.folder / "too far")
+    (said,) = full_pipeline(done.make(merge={"scaling": {"search": [0.3]}, "touch_up": too_far}, output=output))[
+        "advice"
+    ]
+    assert said.startswith(f"{output}: The touched-up model is worse on validation than lors alone (")
+    assert done.result["advice"] == []
+
+
 def test_the_model_with_a_language_added_is_the_one_that_is_written(done: Done) -> None:
     own = {"scaling": 0.3, "touch_up": {"steps": 2}, "added": {"languages": ["fr"], "steps": 1}}
     grown = done.make(merge=own, compare=["lors"], output=str(done.folder / "grown"))
