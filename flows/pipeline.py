@@ -390,7 +390,8 @@ def _run_and_publish(
         experiment = variant.experiment
         summaries.append(publish(experiment, own, found, computed, store, seconds=seconds, models=models, how=how))
         write_report([experiment.output], experiment.output / "report.html")
-        if said := touch_up_advice(experiment, summaries[-1]["validation"]):
+        touched = found["touch up"].summary if "touch up" in found else {}
+        if said := touch_up_advice(experiment, touched, summaries[-1]["validation"]):
             advice.append(f"{experiment.output}: {said}")
             get_run_logger().warning(advice[-1])
     if variants[0].experiment.output != output:

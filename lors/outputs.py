@@ -90,8 +90,10 @@ def publish(
         selects |= {system: f"select scaling {system}" for system in experiment.systems}
         curves = {system: read_json(store.path(artifacts[step]) / "scaling.json") for system, step in selects.items()}
         validation = {system: chosen_value(curve) for system, curve in curves.items()}
+        untouched = False
         if experiment.merge.touch_up is not None:
             validation[TOUCHED_UP] = artifacts[product_step(experiment)].summary.get("best_value")
+            untouched = "kept" in artifacts["touch up"].summary
         settings = yaml.safe_dump(experiment.model_dump(mode="json", exclude_unset=True), sort_keys=False)
         (output / "experiment.yaml").write_text(settings, "utf-8")
         (output / "training.csv").write_text(_training(steps, artifacts, store), "utf-8")
@@ -104,7 +106,7 @@ def publish(
             "model": f"{experiment.product}, in model/" if models else None,
             "product": {"system": experiment.product, "step": product_step(experiment)},
             "sizes": sizes,
-            "scaling": artifacts[scaling_step(experiment)].summary["scaling"],
+            "scaling": artifacts[scaling_step(experiment, untouched)].summary["scaling"],
             "curves": curves,
             "validation": validation,
             "seeds": {"finetune": experiment.finetune.seed, "corpora": getattr(experiment.corpora, "seed", None)},
@@ -193,23 +195,35 @@ def publish_sweep(output: Path, found: Sequence[tuple[Variant, Mapping[str, Any]
         write_json(output / "sweep.json", {"variants": listed, "means": rows})
 
 
-def touch_up_advice(experiment: Experiment, validation: Mapping[str, float | None]) -> str | None:
-    """What to change where touching up ends worse on validation than the merge alone; None where it does not.
+def touch_up_advice(
+    experiment: Experiment, touched: Mapping[str, Any], validation: Mapping[str, float | None]
+) -> str | None:
+    """What to change where touching up made the merged model no better on validation; None where it did, or where
+    nothing tells.
 
-    `validation` is that of summary.json; only scores of the same utterances are compared.
+    `touched` is the summary of the step `touch up`, `validation` that of summary.json; only scores of the same
+    utterances are compared.
     """
     merge, own = experiment.merge, experiment.merge.touch_up
-    if own is None or own.validation is None or own.validation.limit is not None or merge.added.languages:
+    if own is None or own.validation is None:
+        return None
+    scaling = "" if own.scaling is None else "lower merge.touch_up.scaling, or "
+    change = f"{scaling}give merge.touch_up more steps or a lower learning_rate, or leave it out"
+    if touched["best_step"] == 0:
+        return (
+            f"Touching up made the model no better on validation ({touched['best_value']:.3g} without), so the merged "
+            f"model is kept as it is: {change}."
+        )
+    if own.validation.start or own.validation.limit is not None or merge.added.languages:
         return None
     if isinstance(merge.scaling, int | float) or {merge.scaling.metric, own.validation.metric} != {"score"}:
         return None
     alone, after = validation[merge.method], validation[TOUCHED_UP]
     if alone is None or after is None or after <= alone:
         return None
-    smaller = "" if own.scaling is None else "lower merge.touch_up.scaling, or "
     return (
-        f"The touched-up model is worse on validation than {merge.method} alone ({after:.3g} and {alone:.3g}): "
-        f"{smaller}give merge.touch_up more steps, or leave it out."
+        f"The touched-up model is worse on validation than {merge.method} alone ({after:.3g} and {alone:.3g}): set "
+        f"merge.touch_up.validation.start to keep the better one, {change}."
     )
 
 

@@ -7,9 +7,9 @@ prepare (language, split) ──► fine-tune (expert) ──► extract (expert
                      └──► fine-tune (baselines)                                          │
                               └──► evaluate (system, language) ◄──────────────────────────┘ ──► score
 evaluate takes the experts, and the base with each pruned one (switched), too; diagnose reads the extracted ones.
-touch up goes on from what `write model` made, at its own coefficient where it has one, on the speech of all languages,
-and is evaluated too; languages that came later are each put on top of that (add) and touched up; a held expert reads
-`prepare held` of other languages.
+touch up goes on from what `write model` made, at its own coefficient where it has one, on the speech of all languages
+(and keeps that at the searched one where it is better on validation), and is evaluated too; languages that came later
+are each put on top of that (add) and touched up; a held expert reads `prepare held` of other languages.
 """
 
 from __future__ import annotations
@@ -185,11 +185,14 @@ def product_step(experiment: Experiment) -> str:
     return f"{'touch up' if merge.added.steps else 'add'} {merge.added.languages[-1]}"
 
 
-def scaling_step(experiment: Experiment) -> str:
-    """The step that has the scaling coefficient of the merge which that model comes from."""
+def scaling_step(experiment: Experiment, kept: bool = False) -> str:
+    """The step that has the scaling coefficient of the merge which that model comes from.
+
+    `kept`: touching up made it no better than the merge at its own coefficient, which was taken instead.
+    """
     merge = experiment.merge
     which = _FIRST if merge.added.languages else ""
-    own = "" if merge.touch_up is None or merge.touch_up.scaling is None else _START
+    own = "" if merge.touch_up is None or merge.touch_up.scaling is None or kept else _START
     return f"select scaling {merge.method}{which}{own}"
 
 
@@ -349,8 +352,11 @@ class _Builder:
         spoken = dict.fromkeys(expert.language for expert in experiment.first)
         method = experiment.merge.method
         first = {expert: vectors[expert] for expert in experiment.first}
-        start = self.merge(method, first, corpora, _FIRST if added.languages else "", own.scaling)
-        model = self.touch_up("touch up", own, spoken, corpora, start)
+        which, merged = _FIRST if added.languages else "", None
+        if own.scaling is not None and own.validation is not None and own.validation.start:
+            merged = self.merge(method, first, corpora, which)
+        start = self.merge(method, first, corpora, which, own.scaling)
+        model = self.touch_up("touch up", own, spoken, corpora, start, merged)
         peak = added.learning_rate or own.learning_rate
         later = own.model_copy(update={"steps": added.steps, "learning_rate": peak, "validation": None})
         for language in added.languages:
@@ -362,7 +368,13 @@ class _Builder:
         return model
 
     def touch_up(
-        self, name: str, own: TouchUp, languages: Collection[str], corpora: Mapping[str, Corpus], start: str
+        self,
+        name: str,
+        own: TouchUp,
+        languages: Collection[str],
+        corpora: Mapping[str, Corpus],
+        start: str,
+        merged: str | None = None,  # the model that is kept where the touched-up one is no better
     ) -> str:
         """A model of several languages, trained further on all of them and all tasks."""
         changes: dict[str, Any] = {"steps": own.steps, "freeze": own.freeze, "validation": own.validation}
@@ -373,7 +385,7 @@ class _Builder:
             changes["preserve"] = self.experiment.finetune.preserve.model_copy(update={"speech": own.speech})
         finetune = self.experiment.finetune.model_copy(update=changes)
         parts = [expert for expert in self.experiment.experts if expert.language in languages]
-        return self._train(name, "touch_up", finetune, parts, corpora, start)
+        return self._train(name, "touch_up", finetune, parts, corpora, start, merged)
 
     def added(self, language: str, vectors: Mapping[Expert, str], start: str) -> str:
         """A model with one more language's task vectors on top."""
@@ -397,6 +409,7 @@ class _Builder:
         parts: Sequence[Expert],
         corpora: Mapping[str, Corpus],
         start: str | None,
+        merged: str | None = None,
         **about: Any,
     ) -> str:
         settings: dict[str, Any] = {
@@ -419,6 +432,8 @@ class _Builder:
                     inputs[f"held-{language}"] = _parquet({"train": step}, "train")
         if start is not None:
             inputs["start"] = Source(start, _MODEL)
+        if merged is not None:
+            inputs["merged"] = Source(merged, _MODEL)
         where: dict[str, Any] = self.on_base if start is None or finetune.preserve is not None else {"places": {}}
         if (curves := self.experiment.resources.tensorboard) is not None:
             where["places"]["tensorboard"] = str((curves / name.removeprefix("fine-tune ")).absolute())

@@ -55,8 +55,8 @@ class TouchUp(Section):
     """Languages on whose speech the model is held to the base, as in `finetune.preserve`, which says so where this is
     left out: languages to guard, say, and no others, hold those better."""
     validation: Validation | None = None
-    """Its own, not that of `finetune`. With `start` the merged model stays as it is where training it further makes
-    it no better."""
+    """Its own, not that of `finetune`. With `start` the merged model (that at the coefficient of `merge.scaling`, too)
+    stays as it is where training it further makes it no better."""
 
 
 class Added(Section):

@@ -44,24 +44,37 @@ def touch_up(
     out: str,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """The merged model `start`, trained further: a complete folder in its dtypes, with a card and the log."""
+    """The merged model `start`, trained further: a complete folder in its dtypes, with a card and the log.
+
+    The input `merged`, where there is one, is kept instead where it is no worse on validation.
+    """
     from lors.checkpoint import Checkpoint, check_compatible
     from lors.model_writer import write_model_folder
     from lors.training.settings import LOG
 
     trained = Path(work) / "trained"
     shutil.rmtree(trained, ignore_errors=True)
-    arguments |= {"settings": settings, "inputs": inputs, "digests": digests, "out": str(trained)}
-    result = fine_tune(work, report, judged=settings["finetune"].get("validation") is not None, **arguments)
+    arguments |= {"settings": settings, "inputs": inputs, "digests": digests}
+    result = fine_tune(
+        work, report, judged=settings["finetune"].get("validation") is not None, out=str(trained), **arguments
+    )
     merged, own = Checkpoint(inputs["start"]), Checkpoint(trained)
+    if "merged" in inputs and (value := _value(inputs["merged"], **arguments)) <= result["best_value"]:
+        result |= {"best_step": 0, "best_value": round(value, 5), "kept": "merged"}
+        own = Checkpoint(inputs["merged"])
     check_compatible(merged, own)
     taught = " and ".join(f"{language}-{task}" for language, task in settings["parts"])
+    text = (
+        f"A merged model, trained further for {result.get('best_step', result['steps'])} updates on {taught} together."
+    )
+    if result.get("best_step") == 0:
+        text = f"A merged model as it is: training it further on {taught} made it no better on validation."
     write_model_folder(
         Path(out),
         merged,
         ((name, own.tensor(name)) for name in merged.float_names),
         title="Merged and touched up",
-        text=f"A merged model, trained further for {result['steps']} updates on {taught} together.",
+        text=text,
         provenance={"touch_up": settings["finetune"], "digests": dict(digests)},
     )
     shutil.copyfile(trained / LOG, Path(out) / LOG)
@@ -151,6 +164,20 @@ def _examples(
             if split == "validation":
                 spoken[language, task] = utterances[:limit]
     return examples, spoken
+
+
+def _value(folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str], threads: int, **_: Any) -> float:
+    """What a model is on the validation that the training of these settings has; the lower the better."""
+    from lors.training.finetune import validation_measure
+    from lors.training.settings import Finetune
+
+    own = Finetune.model_validate(settings["finetune"])
+    model, processor = load(folder, threads)
+    examples, spoken = _examples(settings["parts"], inputs, model, processor, own)
+    score = _scorer(settings, processor, spoken) if "evaluate" in settings else None
+    measure = validation_measure(own, examples["validation"], score)
+    assert measure is not None, "only what is validated has something to compare with"
+    return measure(model.eval())
 
 
 def _prompts(

@@ -86,7 +86,7 @@ def fine_tune(
     """
     if not train:
         raise CorpusError("there is no example to train on: give the training split some utterances")
-    measure = _measure(settings, validation, score)
+    measure = validation_measure(settings, validation, score)
     peak = settings.learning_rate or learning_rate_for(sum(p.numel() for p in model.parameters()))
     dtype = precision_for(settings.precision, model.device)
     base = _base(model, settings, prompts, held_to)
@@ -302,7 +302,7 @@ def _drops_layers(config: Any) -> bool:
 # Validation
 
 
-def _measure(settings: Finetune, validation: Sequence[Example], score: Score | None) -> Score | None:
+def validation_measure(settings: Finetune, validation: Sequence[Example], score: Score | None) -> Score | None:
     """What tells how good a model is, the lower the better; None where `settings` want none."""
     if settings.validation is None:
         return None

@@ -311,14 +311,20 @@ def test_the_touched_up_model_is_the_one_that_is_written(done: Done) -> None:
     assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (touched.output / "model").iterdir()}
 
 
-def test_a_run_says_that_its_touch_up_makes_the_model_worse(done: Done) -> None:
+def test_a_touch_up_that_makes_the_model_no_better_leaves_the_merged_model_as_it_is(done: Done) -> None:
     too_far = {"steps": 1, "scaling": 9.0, "validation": {"every": 1, "start": True}}
     output = str(done.folder / "too far")
-    (said,) = full_pipeline(done.make(merge={"scaling": {"search": [0.3]}, "touch_up": too_far}, output=output))[
-        "advice"
-    ]
-    assert said.startswith(f"{output}: The touched-up model is worse on validation than lors alone (")
+    touched = done.make(merge={"scaling": {"search": [0.3]}, "touch_up": too_far}, output=output)
+    (said,) = full_pipeline(touched)["advice"]
+    assert said.startswith(f"{output}: Touching up made the model no better on validation (")
     assert done.result["advice"] == []
+    summary = summary_of(touched)
+    assert summary["scaling"] == history(touched.output)[0]["scaling"] == 0.3
+    assert summary["validation"]["touched_up"] == pytest.approx(summary["validation"]["lors"], abs=1e-5)
+    own, alone = (summary["systems"][system] | {"system": None} for system in ("touched_up", "lors"))
+    assert own == alone
+    card = (touched.output / "model" / "README.md").read_text()
+    assert "A merged model as it is: training it further on" in card
 
 
 def test_the_model_with_a_language_added_is_the_one_that_is_written(done: Done) -> None:
