@@ -10,6 +10,7 @@ of other languages, the same for all experts, so that an expert stays its own la
 
 from __future__ import annotations
 
+import functools
 import random
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
@@ -66,6 +67,8 @@ class Prompts:
         self._tokenizer, self._architecture, self._limit = tokenizer, architecture, limit
         self._others = [(code, to) for code in (languages or known) for to in _TASKS if (code, to) not in trained]
         self._trained = set(trained)
+        # A prefix reads the whole vocabulary: once for each prompt, not for each utterance.
+        self._prefix = functools.cache(functools.partial(architecture.prefix, tokenizer))
         if not self._others:
             raise ConfigError("finetune.preserve.languages: all prompts of these languages are trained on, list more")
         spoken = [(utterance, code) for code, found in (speech or {}).items() for utterance in found]
@@ -110,6 +113,6 @@ class Prompts:
 
     def _after(self, language: str, task: str, text: str) -> tuple[int, ...]:
         """The labels of a text after a prompt."""
-        prefix = self._architecture.prefix(self._tokenizer, language, task)
+        prefix = self._prefix(language, task)
         ids = self._architecture.text_tokens(self._tokenizer, text)
         return (*prefix, *ids, self._tokenizer.eos_token_id)[: self._limit]
