@@ -28,8 +28,19 @@ EXPERIMENT: dict[str, Any] = {
     "languages": ["es", "fr"],
     "tasks": ["transcribe", "translate"],
     "corpora": {"source": "synthetic", "utterances": {"train": 600, "validation": 20, "test": 60}},
-    "finetune": {"steps": 100, "learning_rate": 3e-4, "batch_seconds": 40},
-    "merge": {"scaling": {"search": [0.1, 0.2, 0.3, 0.5]}},
+    "finetune": {
+        "steps": 60,
+        "learning_rate": 3e-4,
+        "batch_seconds": 40,
+        "tasks": "together",
+        "freeze": ["encoder"],
+        "preserve": {"weight": 2, "languages": ["en", "es", "fr", "it"], "speech": ["es", "fr"]},
+    },
+    "prune": {"rank_ratio": 0.25, "density": 0.25},
+    "merge": {
+        "scaling": {"search": [0.5, 0.75, 1.0, 1.25]},
+        "touch_up": {"steps": 60, "scaling": 1.25, "freeze": ["encoder"], "validation": {"every": 60, "start": True}},
+    },
     "compare": ["task_arithmetic"],
     "output": "outputs/small",
 }
