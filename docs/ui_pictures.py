@@ -27,9 +27,9 @@ EXPERIMENT: dict[str, Any] = {
     "base": "starter",
     "languages": ["es", "fr"],
     "tasks": ["transcribe", "translate"],
-    "corpora": {"source": "synthetic", "utterances": {"train": 600, "validation": 20, "test": 60}},
+    "corpora": {"source": "synthetic", "utterances": {"train": 600, "validation": 40, "test": 60}},
     "finetune": {
-        "steps": 60,
+        "steps": 100,
         "learning_rate": 3e-4,
         "batch_seconds": 40,
         "tasks": "together",
@@ -39,7 +39,7 @@ EXPERIMENT: dict[str, Any] = {
     "prune": {"rank_ratio": 0.25, "density": 0.25},
     "merge": {
         "scaling": {"search": [0.5, 0.75, 1.0, 1.25]},
-        "touch_up": {"steps": 60, "scaling": 1.25, "freeze": ["encoder"], "validation": {"every": 60, "start": True}},
+        "touch_up": {"steps": 200, "scaling": 1.25, "freeze": ["encoder"], "validation": {"every": 200}},
     },
     "compare": ["task_arithmetic"],
     "output": "outputs/small",
