@@ -26,7 +26,7 @@ from lors.files import write_json
 __all__ = ["add_commands", "server_url"]
 
 _DEPLOYMENTS = Path(__file__).parents[1] / "deployments" / "prefect.yaml"
-_START_SECONDS, _STOP_SECONDS = 180.0, 40.0
+_START_SECONDS, _STOP_SECONDS, _IDLE_SECONDS = 180.0, 40.0, 10.0
 _MAIN_FLOWS = ["full-pipeline", "merge-and-evaluate", "add-language", "remove-language"]
 _DEPLOY_AGAIN = (5.0, 20.0)
 _SILENT_SECONDS = 3 * int(HEARTBEAT_SECONDS)
@@ -374,7 +374,11 @@ def _down(options: argparse.Namespace) -> int:
             below = [child for process in running.values() for child in _children(process)]
             for process in (*running.values(), *below):
                 _signal(process.terminate)
-            _, late = psutil.wait_procs([*running.values(), *below], timeout=_STOP_SECONDS)
+            if names != ["server"]:
+                # An idle worker has nothing to finish, and one that was just started may miss its signal.
+                psutil.wait_procs(below, timeout=_STOP_SECONDS)
+            patience = _STOP_SECONDS if names == ["server"] else _IDLE_SECONDS
+            _, late = psutil.wait_procs([*running.values(), *below], timeout=patience)
             for process in late:
                 _signal(process.kill)
             psutil.wait_procs(late, timeout=10)
