@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from lors.files import write_json
 __all__ = ["add_commands", "server_url"]
 
 _DEPLOYMENTS = Path(__file__).parents[1] / "deployments" / "prefect.yaml"
-_START_SECONDS, _STOP_SECONDS, _IDLE_SECONDS = 180.0, 40.0, 10.0
+_START_SECONDS, _STOP_SECONDS = 180.0, 40.0
 _MAIN_FLOWS = ["full-pipeline", "merge-and-evaluate", "add-language", "remove-language"]
 _DEPLOY_AGAIN = (5.0, 20.0)
 _SILENT_SECONDS = 3 * int(HEARTBEAT_SECONDS)
@@ -121,6 +122,7 @@ class _State:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
                 start_new_session=True,
+                preexec_fn=_hear_sigint,
             )
         self.services[name] = {
             "pid": process.pid,
@@ -129,6 +131,11 @@ class _State:
         }
         self.save()
         return log
+
+
+def _hear_sigint() -> None:
+    """In a new service: a shell has its background jobs ignore SIGINT, and a Prefect worker ends itself by that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _say(text: str) -> None:
@@ -374,11 +381,7 @@ def _down(options: argparse.Namespace) -> int:
             below = [child for process in running.values() for child in _children(process)]
             for process in (*running.values(), *below):
                 _signal(process.terminate)
-            if names != ["server"]:
-                # An idle worker has nothing to finish, and one that was just started may miss its signal.
-                psutil.wait_procs(below, timeout=_STOP_SECONDS)
-            patience = _STOP_SECONDS if names == ["server"] else _IDLE_SECONDS
-            _, late = psutil.wait_procs([*running.values(), *below], timeout=patience)
+            _, late = psutil.wait_procs([*running.values(), *below], timeout=_STOP_SECONDS)
             for process in late:
                 _signal(process.kill)
             psutil.wait_procs(late, timeout=10)
