@@ -391,7 +391,7 @@ def _run_and_publish(
         summaries.append(publish(experiment, own, found, computed, store, seconds=seconds, models=models, how=how))
         write_report([experiment.output], experiment.output / "report.html")
         touched = found["touch up"].summary if "touch up" in found else {}
-        if said := touch_up_advice(experiment, touched, summaries[-1]["validation"]):
+        if said := touch_up_advice(experiment, touched):
             advice.append(f"{experiment.output}: {said}")
             get_run_logger().warning(advice[-1])
     if variants[0].experiment.output != output:

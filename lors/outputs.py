@@ -195,35 +195,17 @@ def publish_sweep(output: Path, found: Sequence[tuple[Variant, Mapping[str, Any]
         write_json(output / "sweep.json", {"variants": listed, "means": rows})
 
 
-def touch_up_advice(
-    experiment: Experiment, touched: Mapping[str, Any], validation: Mapping[str, float | None]
-) -> str | None:
+def touch_up_advice(experiment: Experiment, touched: Mapping[str, Any]) -> str | None:
     """What to change where touching up made the merged model no better on validation; None where it did, or where
-    nothing tells.
-
-    `touched` is the summary of the step `touch up`, `validation` that of summary.json; only scores of the same
-    utterances are compared.
+    nothing tells. `touched` is the summary of the step `touch up`.
     """
-    merge, own = experiment.merge, experiment.merge.touch_up
-    if own is None or own.validation is None:
+    own = experiment.merge.touch_up
+    if own is None or touched.get("best_step") != 0:
         return None
     scaling = "" if own.scaling is None else "lower merge.touch_up.scaling, or "
-    change = f"{scaling}give merge.touch_up more steps or a lower learning_rate, or leave it out"
-    if touched["best_step"] == 0:
-        return (
-            f"Touching up made the model no better on validation ({touched['best_value']:.3g} without), so the merged "
-            f"model is kept as it is: {change}."
-        )
-    if own.validation.start or own.validation.limit is not None or merge.added.languages:
-        return None
-    if isinstance(merge.scaling, int | float) or {merge.scaling.metric, own.validation.metric} != {"score"}:
-        return None
-    alone, after = validation[merge.method], validation[TOUCHED_UP]
-    if alone is None or after is None or after <= alone:
-        return None
     return (
-        f"The touched-up model is worse on validation than {merge.method} alone ({after:.3g} and {alone:.3g}): set "
-        f"merge.touch_up.validation.start to keep the better one, {change}."
+        f"Touching up made the model no better on validation ({touched['best_value']:.3g} without), so the merged "
+        f"model is kept as it is: {scaling}give merge.touch_up more steps or a lower learning_rate, or leave it out."
     )
 
 

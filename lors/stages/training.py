@@ -117,7 +117,7 @@ def train(
             own,
             training,
             tell,
-            score=_scorer(settings, processor, spoken) if "evaluate" in settings else None,
+            score=_scorer(settings, processor, spoken),
             prompts=_prompts(settings["parts"], inputs, model, processor, own),
             held_to=load(places["base"], threads)[0] if own.preserve is not None and "start" in inputs else None,
             stop=stop,
@@ -174,8 +174,7 @@ def _value(folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str], 
     own = Finetune.model_validate(settings["finetune"])
     model, processor = load(folder, threads)
     examples, spoken = _examples(settings["parts"], inputs, model, processor, own)
-    score = _scorer(settings, processor, spoken) if "evaluate" in settings else None
-    measure = validation_measure(own, examples["validation"], score)
+    measure = validation_measure(own, examples["validation"], _scorer(settings, processor, spoken))
     assert measure is not None, "only what is validated has something to compare with"
     return measure(model.eval())
 
@@ -202,8 +201,10 @@ def _prompts(
 
 def _scorer(
     settings: Mapping[str, Any], processor: Any, spoken: Mapping[tuple[str, str], Sequence[Utterance]]
-) -> Callable[[Any], float]:
-    """The mean error in percent over the parts, decoded as the systems are evaluated."""
+) -> Callable[[Any], float] | None:
+    """The mean error in percent over the parts, decoded as the systems are evaluated; None where no score is wanted."""
+    if "evaluate" not in settings:
+        return None
 
     def score(model: Any) -> float:
         errors: dict[str, float] = {}

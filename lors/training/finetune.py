@@ -39,6 +39,7 @@ __all__ = [
     "learning_rate_for",
     "stop_on_sigterm",
     "validation_loss",
+    "validation_measure",
 ]
 
 Report = Callable[[Mapping[str, Any]], None]

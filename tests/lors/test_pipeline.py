@@ -332,35 +332,17 @@ def test_the_merged_model_is_touched_up_on_all_languages_and_tasks(make: Make, s
 
 
 def test_a_touch_up_that_makes_a_model_no_better_is_said(make: Make) -> None:
-    """Where both values are scores of the same utterances or its own validation says so, and else nothing."""
+    def said(touched: dict[str, Any], **own: Any) -> str | None:
+        return touch_up_advice(make(merge={"touch_up": {"steps": 2} | own}), touched)
 
-    def said(
-        alone: float | None, after: float | None, own: dict[str, Any] | None = None, best_step: int = 2, **merge: Any
-    ) -> str | None:
-        touch_up = {"steps": 2, "scaling": 2.0, "validation": {"every": 2}} | (own or {})
-        experiment = make(merge={"scaling": {"search": [0.3]}, "touch_up": touch_up} | merge)
-        touched = {"best_step": best_step, "best_value": after}
-        return touch_up_advice(experiment, touched, {"lors": alone, "touched_up": after})
-
-    rest = "give merge.touch_up more steps or a lower learning_rate, or leave it out."
-    worse = (
-        "The touched-up model is worse on validation than lors alone (41.5 and 38.3): set "
-        "merge.touch_up.validation.start to keep the better one, "
-    )
-    assert said(38.3, 41.5) == f"{worse}lower merge.touch_up.scaling, or {rest}"
-    assert said(38.3, 41.5, {"scaling": None}) == f"{worse}{rest}"
-    assert said(38.3, 38.3) is None
-    assert said(None, 41.5, scaling=0.3) is None
-    assert said(38.3, None, {"validation": None}) is None
-    assert said(38.3, 41.5, {"validation": {"every": 2, "limit": 1}}) is None
-    assert said(38.3, 41.5, {"validation": {"every": 2, "metric": "loss"}}) is None
-    assert said(38.3, 41.5, touch_up=None) is None
-
-    start = {"validation": {"every": 2, "start": True, "metric": "loss"}}
     kept = "Touching up made the model no better on validation (2.11 without), so the merged model is kept as it is: "
-    assert said(38.3, 2.11, start, best_step=0) == f"{kept}lower merge.touch_up.scaling, or {rest}"
-    assert said(38.3, 2.11, start | {"scaling": None}, best_step=0) == f"{kept}{rest}"
-    assert said(38.3, 41.5, start) is None  # it has compared both itself
+    change = "give merge.touch_up more steps or a lower learning_rate, or leave it out."
+    start = {"best_step": 0, "best_value": 2.11}
+    assert said(start) == f"{kept}{change}"
+    assert said(start, scaling=2.0) == f"{kept}lower merge.touch_up.scaling, or {change}"
+    assert said(start | {"best_step": 1}) is None
+    assert said({}) is None  # nothing was validated
+    assert touch_up_advice(make(), {}) is None
 
 
 def test_the_touch_up_may_start_from_a_merge_at_its_own_scaling(make: Make, store: Store) -> None:
@@ -378,22 +360,6 @@ def test_the_touch_up_may_start_from_a_merge_at_its_own_scaling(make: Make, stor
     assert started == {"combine lors", scaling_step(larger)}
     finish(larger, store)
 
-    # With `start`, what it is made from is not all that it may keep.
-    guarded = own | {"touch_up": own["touch_up"] | {"validation": {"every": 7, "start": True}}}
-    steps = build_steps(make(merge=guarded), store)
-    assert [steps["touch up"].inputs[role].step for role in ("start", "merged")] == [
-        "write lors to touch up",
-        "write lors",
-    ]
-    assert scaling_step(make(merge=guarded), kept=True) == "select scaling lors"
-    searched = make(merge=TOUCH_UP | {"touch_up": guarded["touch_up"] | {"scaling": None}})
-    assert "merged" not in build_steps(searched, store)["touch up"].inputs
-    finish(make(merge=guarded), store)
-    more = guarded | {"added": {"languages": ["de"], "steps": 3}}
-    later = make(merge=more, languages=["es", "fr", "de"], compare=[])
-    assert build_steps(later, store)["touch up"].inputs["merged"].step == "write lors first"
-    assert not {"touch up", "write lors first"} & to_run(later, store)
-
     # The merge that a language is added to is the same one, and needs no search of its own.
     more = own | {"added": {"languages": ["de"], "steps": 3}}
     added = make(merge=more, languages=["es", "fr", "de"], compare=[])
@@ -402,6 +368,22 @@ def test_the_touch_up_may_start_from_a_merge_at_its_own_scaling(make: Make, stor
     assert scaling_step(added) == "select scaling lors first to touch up"
     assert steps[scaling_step(added)].settings["scaling"] == 1.5
     assert not [name for name in steps if name.startswith("score lors")]
+
+
+def test_a_touch_up_from_its_own_scaling_may_keep_the_merge_at_the_searched_one(make: Make, store: Store) -> None:
+    own = {"steps": 7, "scaling": 1.5, "validation": {"every": 7, "start": True}}
+    guarded = make(merge=TOUCH_UP | {"touch_up": own})
+    inputs = build_steps(guarded, store)["touch up"].inputs
+    assert (inputs["start"].step, inputs["merged"].step) == ("write lors to touch up", "write lors")
+    assert scaling_step(guarded, kept=True) == "select scaling lors"
+    for other in ({"scaling": None}, {"validation": {"every": 7}}, {"validation": None}):
+        steps = build_steps(make(merge=TOUCH_UP | {"touch_up": own | other}), store)
+        assert "merged" not in steps["touch up"].inputs
+    finish(guarded, store)
+    more = TOUCH_UP | {"touch_up": own, "added": {"languages": ["de"], "steps": 3}}
+    later = make(merge=more, languages=["es", "fr", "de"], compare=[])
+    assert build_steps(later, store)["touch up"].inputs["merged"].step == "write lors first"
+    assert not {"touch up", "write lors first"} & to_run(later, store)
 
 
 def test_the_touched_up_model_may_be_held_on_other_speech_than_the_experts(make: Make, store: Store) -> None:
