@@ -47,8 +47,10 @@ def headline(run: Run) -> Section:
     extra = {"recovery": "recovery", "ratio_to_expert": "ratio to expert", "relative_to_base": "relative to base"}
     shown = {key: name for key, name in extra.items() if any(own.get(key) is not None for own in run.systems.values())}
     worst = "recovery" in shown and any(own.get("worst") for own in run.systems.values())
+    ahead = run.summary.get("ahead") or {}
+    beside = [f"less than {ahead['system']}"] if ahead else []
     after = list(shown.values())
-    head += [*after[:1], *(["worst recovery"] if worst else []), *after[1:]]
+    head += [*after[:1], *beside, *(["worst recovery"] if worst else []), *after[1:]]
     if len(head) > 1 + sum(span for _, span in groups[1:]):
         groups.append(("both tasks, higher is better", len(head) - sum(span for _, span in groups)))
     rows = []
@@ -60,6 +62,9 @@ def headline(run: Run) -> Section:
         for key in shown:
             ends = (own.get(f"{key}_low"), own.get(f"{key}_high"))
             row.append(Cell(number(own.get(key), "{:.2f}"), between(*ends, "{:.2f}")))
+            if key == "recovery" and ahead:
+                by = ahead["by"].get(name, {})
+                row.append(Cell(number(by.get("value"), "{:.2f}"), between(by.get("low"), by.get("high"), "{:.2f}")))
             if key == "recovery" and worst:
                 found = (name not in (BASE, EXPERTS) and own.get("worst")) or {}
                 row.append(Cell(number(found.get("recovery"), "{:.2f}"), found.get("of", "")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -95,6 +96,8 @@ def summarise(
       to recover; they are left out of every system's mean;
     - `best`: on each language and task the system that is better than every other beyond the paired interval, if one
       is; "experts" and "switched", which hold a model for each, are no rivals;
+    - `ahead`: the system with the most `recovery` of these rivals, and for each of the others `by` how much it is ahead
+      with the paired interval; None without two of them;
     - `robustness`: each system's mean measures over the languages and tasks;
     - `guard`, where there are guard languages, which have no part in the above: their means, and what each system
       does worse than the base beyond the interval (`forgotten`).
@@ -118,19 +121,21 @@ def summarise(
     watched = [pair for pair in mains if pair[0] in guard]
     pairs = [pair for pair in mains if pair not in watched]
     comparable = [pair for pair in pairs if {BASE, EXPERTS} <= mains[pair].values.keys()]
-    defined = [pair for pair in comparable if mains[pair].gain(EXPERTS, BASE)[0] > 0]
+    defined = {pair: mains[pair] for pair in comparable if mains[pair].gain(EXPERTS, BASE)[0] > 0}
+    recoveries = {name: _Recovery.of_system(name, defined) for name in names}
     summary: dict[str, Any] = {
         "split": split,
         "normaliser": normaliser,
         "systems": {
-            name: _recovery_of_system(name, {pair: mains[pair] for pair in defined})
+            name: recoveries[name].described()
             | _relative(name, {pair: mains[pair] for pair in pairs})
             | _means(name, pairs, values)
             for name in names
         },
-        "recovery_of": {name: _recovery_of_pairs(name, {pair: mains[pair] for pair in defined}) for name in names},
+        "recovery_of": {name: _recovery_of_pairs(name, defined) for name in names},
         "recovery_left_out": [" ".join(pair) for pair in comparable if pair not in defined],
         "best": {" ".join(pair): mains[pair].best() for pair in mains},
+        "ahead": _ahead(recoveries),
         "robustness": {name: _robustness(name, pairs, values) for name in names},
     }
     if watched:
@@ -144,25 +149,53 @@ def summarise(
     return summary
 
 
-def _recovery_of_system(name: str, mains: Mapping[Pair, _Main]) -> dict[str, Any]:
-    """Its recovery over all of `mains`, by task, and where it is least."""
-    found = {pair: main.recovery(name) for pair, main in mains.items() if name in main.values}
-    singles = {pair: found[pair][0] if pair in found else None for pair in mains}
-    mean = complete_mean(singles.values())
-    low, high = None, None
-    if mean is not None:
+@dataclass(frozen=True, slots=True)
+class _Recovery:
+    """A system's recovery on each language and task, and over all of them."""
+
+    singles: dict[Pair, float | None]
+    mean: float | None  # None where the system lacks one of them
+    drawn: Array  # (s,) the resampled means
+    blocks: Blocks | None
+
+    @classmethod
+    def of_system(cls, name: str, mains: Mapping[Pair, _Main]) -> _Recovery:
+        found = {pair: main.recovery(name) for pair, main in mains.items() if name in main.values}
+        singles = {pair: found[pair][0] if pair in found else None for pair in mains}
+        mean = complete_mean(singles.values())
+        if mean is None:
+            return cls(singles, None, np.empty(0), None)
         blocks = min((main.blocks for main in mains.values()), key=lambda blocks: blocks.count)
-        low, high = _between(np.mean([drawn for _, drawn in found.values()], axis=0), blocks)
-    worst = min(singles, key=lambda pair: singles[pair] or 0.0) if mean is not None else None
-    return {
-        "recovery": mean,
-        "recovery_low": low,
-        "recovery_high": high,
-        "recovery_by_task": {
-            task: complete_mean(value for pair, value in singles.items() if pair[1] == task) for task in METRICS_OF_TASK
-        },
-        "worst": None if worst is None else {"recovery": singles[worst], "of": " ".join(worst)},
-    }
+        return cls(singles, mean, np.mean([drawn for _, drawn in found.values()], axis=0), blocks)
+
+    def interval(self, less: Array | float = 0.0) -> tuple[float | None, float | None]:
+        return (None, None) if self.blocks is None else _between(self.drawn - less, self.blocks)
+
+    def described(self) -> dict[str, Any]:
+        """As `summary["systems"]` has it: over all, by task, and where it is least."""
+        low, high = self.interval()
+        worst = min(self.singles, key=lambda pair: self.singles[pair] or 0.0) if self.mean is not None else None
+        by_task = {task: [value for pair, value in self.singles.items() if pair[1] == task] for task in METRICS_OF_TASK}
+        return {
+            "recovery": self.mean,
+            "recovery_low": low,
+            "recovery_high": high,
+            "recovery_by_task": {task: complete_mean(values) for task, values in by_task.items()},
+            "worst": None if worst is None else {"recovery": self.singles[worst], "of": " ".join(worst)},
+        }
+
+
+def _ahead(recoveries: Mapping[str, _Recovery]) -> dict[str, Any] | None:
+    means = {name: own.mean for name, own in recoveries.items() if own.mean is not None and name not in _SEVERAL_MODELS}
+    if len(means) < 2:
+        return None
+    leader = max(means, key=lambda name: means[name])
+    by = {}
+    for name in means:
+        if name != leader:
+            low, high = recoveries[leader].interval(recoveries[name].drawn)
+            by[name] = {"value": means[leader] - means[name], "low": low, "high": high}
+    return {"system": leader, "by": by}
 
 
 def _recovery_of_pairs(name: str, mains: Mapping[Pair, _Main]) -> dict[str, Any]:

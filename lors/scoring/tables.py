@@ -28,8 +28,14 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _recovery_cell(own: Mapping[str, Any]) -> str:
-    text = _number(own["recovery"], 2)
+def _leader(summary: Mapping[str, Any]) -> str | None:
+    """The single model that recovers more than every other one beyond the paired interval."""
+    ahead = summary["ahead"]
+    return ahead["system"] if ahead and all((own["low"] or 0) > 0 for own in ahead["by"].values()) else None
+
+
+def _recovery_cell(own: Mapping[str, Any], *, best: bool) -> str:
+    text = f"**{own['recovery']:.2f}**" if best else _number(own["recovery"], 2)
     low, high = own["recovery_low"], own["recovery_high"]
     return text if low is None or low == high else f"{text} [{low:.2f}, {high:.2f}]"
 
@@ -60,7 +66,9 @@ def _columns(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[_Column]
                 means = {name: _number(own[metric]) for name, own in systems.items()}
                 columns.append(_Column(f"mean {_LABELS[metric]}", means))
     if EXPERTS in systems:
-        columns.append(_Column("recovery", {name: _recovery_cell(own) for name, own in systems.items()}))
+        leader = _leader(summary)
+        cells = {name: _recovery_cell(own, best=name == leader) for name, own in systems.items()}
+        columns.append(_Column("recovery", cells))
     for task in METRICS_OF_TASK:
         for code, metric in metrics_of(task, guarded=True).items():
             columns.append(single(code, task, metric, f"guard {code} {_LABELS[metric]}"))
@@ -73,10 +81,16 @@ def _notes(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
     rows = main_rows(results)
     windows = list(dict.fromkeys(rows["window"]))
     notes = [f"Split {split}, encoder window {', '.join(windows)} s, rates in percent."]
-    if any(summary["best"].values()):
+    if any(summary["best"].values()) or _leader(summary):
         notes.append("Bold: better than every other single model beyond the paired 95 % bootstrap interval.")
     if rows.groupby(["language", "task"])["window"].nunique().max() > 1:
         notes.append("The systems were not all given the same window, so their scores do not compare strictly.")
+    if ahead := summary["ahead"]:
+        rival, by = min(ahead["by"].items(), key=lambda item: item[1]["value"])
+        span = "" if by["low"] is None else f" [{by['low']:.2f}, {by['high']:.2f}]"
+        notes.append(
+            f"`{ahead['system']}` recovers {by['value']:.2f}{span} more than `{rival}`, the next single model."
+        )
     if summary["recovery_left_out"]:
         notes.append(
             "Recovery leaves out where the expert is not better than the base beyond the 95 % interval: "

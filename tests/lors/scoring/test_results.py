@@ -178,11 +178,11 @@ def test_markdown_marks_the_best_that_is_not_an_expert(tables: dict[str, pd.Data
     assert list(rows) == list(tables)
     assert rows["lors"][0] == f"**{value(results, 'lors', ES, 'wer'):.1f}**"
     assert rows["experts"][0] == f"{value(results, 'experts', ES, 'wer'):.1f}"
-    assert [cell.startswith("**") for cell in rows["lors"]] == [True, False, False, True, False, False]
+    assert [cell.startswith("**") for cell in rows["lors"]] == [True, False, False, True, False, True]
     assert rows["base"][-1] == "0.00"
     recovery = summarise(results, tables)["systems"]["lors"]
     assert rows["lors"][-1] == (
-        f"{recovery['recovery']:.2f} [{recovery['recovery_low']:.2f}, {recovery['recovery_high']:.2f}]"
+        f"**{recovery['recovery']:.2f}** [{recovery['recovery_low']:.2f}, {recovery['recovery_high']:.2f}]"
     )
     assert "jiwer:4" in text
     assert "BLEU|nrefs:1" in text
@@ -357,3 +357,36 @@ def test_the_main_rows_are_one_a_system_language_and_task(results: pd.DataFrame)
         ("transcribe", "wer", "lors"),
         ("translate", "bleu", "none"),
     }
+
+
+def test_how_far_the_first_in_recovery_is_ahead_of_each_other(
+    tables: dict[str, pd.DataFrame], results: pd.DataFrame
+) -> None:
+    summary = summarise(results, tables)
+    systems, ahead = summary["systems"], summary["ahead"]
+    assert ahead["system"] == "lors"  # the experts recover more, but are a model each
+    assert set(ahead["by"]) == {"base", "average"}
+    for name, by in ahead["by"].items():
+        assert by["value"] == pytest.approx(systems["lors"]["recovery"] - systems[name]["recovery"])
+        assert 0 < by["low"] < by["value"] < by["high"]
+    ends = (ahead["by"]["base"]["low"], ahead["by"]["base"]["high"])
+    assert ends == pytest.approx((systems["lors"]["recovery_low"], systems["lors"]["recovery_high"]))
+    by = ahead["by"]["average"]
+    shown = markdown_table(results, summary)
+    assert f"| **{systems['lors']['recovery']:.2f}** [" in shown
+    assert (
+        f"`lors` recovers {by['value']:.2f} [{by['low']:.2f}, {by['high']:.2f}] more than `average`, the next" in shown
+    )
+
+
+def test_differences_in_recovery_are_paired_and_twins_are_not_ahead(tables: dict[str, pd.DataFrame]) -> None:
+    twins = dict(tables, twin=tables["lors"])
+    results = score_tables(twins)
+    summary = summarise(results, twins)
+    assert summary["ahead"]["by"]["twin"] == {"value": 0, "low": 0, "high": 0}
+    shown = markdown_table(results, summary)
+    assert f"| {summary['systems']['lors']['recovery']:.2f} [" in shown
+    assert "`lors` recovers 0.00 [0.00, 0.00] more than `twin`" in shown
+    for names in (("base", "experts"), ("base", "lors")):  # nobody to be ahead of; nothing to recover
+        few = {name: tables[name] for name in names}
+        assert summarise(score_tables(few), few)["ahead"] is None
