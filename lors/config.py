@@ -48,6 +48,9 @@ class Evaluate(Section):
 
     beams: PositiveInt = 1
     """1 decodes greedily."""
+    fallback: bool = False
+    """Where a model loops (its text compresses by more than 2.4), draw the tokens at a temperature of 0.2, 0.4, ... 1
+    until it does not, as Whisper's own code does (arXiv 2212.04356, section 4.5). The same run draws the same ones."""
     window: Literal["auto"] | PositiveFloat = "auto"
     """Seconds the encoder takes. auto: the longest utterance of the batch + 2 s, at least 7 s, for a 30 s base; 30 for
     the figures that other papers report."""
@@ -68,7 +71,8 @@ class Evaluate(Section):
 
     def decoding(self) -> dict[str, Any]:
         """What decides the tokens of a model on a split."""
-        return self.model_dump(include={"beams", "window", "batch_seconds"})
+        own = self.model_dump(include={"beams", "window", "batch_seconds"})
+        return own | ({"fallback": True} if self.fallback else {})  # without it the keys of earlier versions stay
 
 
 class Resources(Section):

@@ -15,7 +15,7 @@ import numpy as np
 from lors.scoring.bootstrap import Statistics, percent
 from lors.scoring.normalise import is_unspaced, normalise, normaliser_version
 
-__all__ = ["MEASURES", "robustness"]
+__all__ = ["MEASURES", "loops", "robustness"]
 
 MEASURES: Final[Mapping[str, str]] = {
     "insertions": "inserted words, percent of the reference's",
@@ -57,7 +57,7 @@ def robustness(
     pairs = list(zip(expected, found, strict=True))
     counts: dict[str, Sequence[float]] = {
         "long": [len(own) > _LONG * len(reference) for reference, own in pairs],
-        "compressible": [_ratio(text) > _COMPRESSIBLE for text in hypotheses],
+        "compressible": [loops(text) for text in hypotheses],
         "repeats": [_repeats(own) and not _repeats(reference) for reference, own in pairs],
         "empty": [bool(reference) and not own for reference, own in pairs],
         "truncated": list(truncated),
@@ -88,10 +88,10 @@ def _insertions(expected: Sequence[Sequence[str]], found: Sequence[Sequence[str]
     ]
 
 
-def _ratio(text: str) -> float:
-    """The length of the UTF-8 text over that of its zlib compression."""
+def loops(text: str) -> bool:
+    """Whether the UTF-8 text is more than 2.4 times as long as its zlib compression."""
     raw = text.encode()
-    return len(raw) / len(zlib.compress(raw))
+    return len(raw) / len(zlib.compress(raw)) > _COMPRESSIBLE
 
 
 def _repeats(units: Sequence[str]) -> bool:

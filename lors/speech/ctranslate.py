@@ -22,7 +22,7 @@ __all__ = ["CTranslate2Writer", "require_ctranslate2"]
 _INSTEAD = "set evaluate.backend to transformers"
 
 
-def require_ctranslate2(model_type: str, beams: int) -> None:
+def require_ctranslate2(model_type: str, beams: int, *, fallback: bool = False) -> None:
     """Raises ConfigError where the package is missing, or cannot do what transformers does."""
     if importlib.util.find_spec("ctranslate2") is None:
         raise ConfigError(
@@ -34,6 +34,11 @@ def require_ctranslate2(model_type: str, beams: int) -> None:
         raise ConfigError(
             f"evaluate.backend: the beam search of ctranslate2 is not that of transformers: {_INSTEAD}, or "
             "evaluate.beams to 1"
+        )
+    if fallback:
+        raise ConfigError(
+            f"evaluate.backend: what ctranslate2 draws cannot be had again from a seed: {_INSTEAD}, or "
+            "evaluate.fallback to false"
         )
 
 
@@ -82,7 +87,8 @@ class CTranslate2Writer:
         hidden = torch.from_numpy(np.array(self._whisper.encode(features, to_cpu=True)))
         return Encoded(BaseModelOutput(last_hidden_state=hidden.to(self._device)))
 
-    def write(self, encoded: Encoded, prompts: Tensor, limit: int) -> list[list[int]]:
+    def write(self, encoded: Encoded, prompts: Tensor, limit: int, temperature: float = 0.0) -> list[list[int]]:
+        assert not temperature, "require_ctranslate2 refuses it"
         import ctranslate2
 
         hidden = ctranslate2.StorageView.from_array(encoded.output.last_hidden_state.cpu().numpy())

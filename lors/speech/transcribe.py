@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from lors.errors import InputError
+from lors.scoring.robustness import loops
 from lors.speech.architecture import FeatureCache, architecture_of
 from lors.speech.corpus import Utterance
 from lors.speech.packed import packed_linears
@@ -34,6 +36,8 @@ TASKS = ("transcribe", "translate")
 # and some 12 letters a second, comes nearest. A model that repeats itself is stopped here, not after 448 tokens.
 _TOKENS_PER_SECOND = 32
 _TOKENS_AT_LEAST = 16
+
+_TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 _TABLE = dict.fromkeys(("id", "language", "task", "split", "speaker"), "object") | {
     "seconds": "float64",
@@ -92,8 +96,10 @@ class Writer(Protocol):
     def encode(self, inputs: Mapping[str, Tensor]) -> Encoded:
         """The encoder's output for its inputs by name, on the model's device."""
 
-    def write(self, encoded: Encoded, prompts: Tensor, limit: int) -> list[list[int]]:
-        """At most `limit` tokens after each row of `prompts`, (B, N); what follows an end token is of no use."""
+    def write(self, encoded: Encoded, prompts: Tensor, limit: int, temperature: float = 0.0) -> list[list[int]]:
+        """At most `limit` tokens after each row of `prompts`, (B, N); what follows an end token is of no use. They are
+        drawn by torch's generators at a `temperature` above 0.
+        """
 
 
 def token_limit(seconds: float, model_limit: int) -> int:
@@ -110,6 +116,7 @@ def transcribe(
     tasks: Sequence[str] = TASKS,
     window: str | float = "auto",
     beams: int = 1,
+    fallback: bool = False,
     batch_seconds: float = 160.0,
     max_new_tokens: int | None = None,
     identify: bool = False,
@@ -128,6 +135,8 @@ def transcribe(
         language: code of the language spoken, also for `translate` (into English).
         window: seconds of the encoder window, or "auto"; Moonshine never hears more than the batch's longest utterance.
         beams: 1 decodes greedily.
+        fallback: where the model loops (zlib ratio above 2.4), draw its tokens at temperature 0.2, 0.4, ... 1.0 until
+            it does not (Radford et al. 2022, section 4.5), with generators seeded by the utterance's id.
         batch_seconds: the most padded seconds (rows times window) encoded at once; one row always is.
         max_new_tokens: the most tokens written; None takes `token_limit` of each utterance.
         identify: ask the model which language it hears, where it has tokens for languages (Radford et al. 2022,
@@ -164,6 +173,7 @@ def transcribe(
             languages=architecture.languages(tokenizer) if identify else {},
             most=architecture.token_limit(model.config) - max(map(len, prompts.values()), default=0),
             max_new_tokens=max_new_tokens,
+            fallback=fallback,
         )
         writer = writer or _Transformers(model, config)
         for seconds, rows in batches:
@@ -278,6 +288,7 @@ class _Asked:
     languages: Mapping[str, int]  # the tokens of those that the model may say it hears; empty: it is not asked
     most: int  # tokens that the model has room for after the prompt
     max_new_tokens: int | None
+    fallback: bool  # whether what loops is written again
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +340,18 @@ def _written(model: Any, tokenizer: Any, writer: Writer, config: Any, asked: _As
     def write(prompts: Tensor, rows: Sequence[int]) -> list[tuple[str, int, bool]]:
         """(text, tokens, whether it ended) of some rows of the batch."""
         own = [limits[row] for row in rows]
-        written = writer.write(encoded if len(rows) == len(batch) else encoded.rows(rows), prompts, max(own))
+        tokens = writer.write(encoded if len(rows) == len(batch) else encoded.rows(rows), prompts, max(own))
+        written = read(tokens, own)
+        for place, row in enumerate(rows if asked.fallback else ()):
+            for temperature in _TEMPERATURES:
+                if not loops(written[place][0]):
+                    break
+                with _seeded(f"{batch[row].id} {temperature}", model.device):
+                    again = writer.write(encoded.rows([row]), prompts[place : place + 1], own[place], temperature)
+                (written[place],) = read(again, own[place : place + 1])
+        return written
+
+    def read(written: Sequence[list[int]], own: Sequence[int]) -> list[tuple[str, int, bool]]:
         cut = [_until_end(tokens, config, limit) for tokens, limit in zip(written, own, strict=True)]
         texts = tokenizer.batch_decode([tokens for tokens, _ in cut], skip_special_tokens=True)
         return [(text.strip(), len(tokens), ended) for text, (tokens, ended) in zip(texts, cut, strict=True)]
@@ -378,6 +400,14 @@ def _decoding(model: Any, beams: int) -> Iterator[Any]:
         model.train(training)
 
 
+@contextlib.contextmanager
+def _seeded(text: str, device: torch.device) -> Iterator[None]:
+    """Torch's generators of the CPU and of the device, seeded by a text; they are as before afterwards."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]))
+        yield
+
+
 @dataclass(frozen=True, slots=True)
 class _Transformers:
     """Transformers' own `generate`, on the model's device."""
@@ -390,13 +420,15 @@ class _Transformers:
         moved = {n: t.to(model.device, model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
         return Encoded(model.get_encoder()(moved.pop(model.main_input_name), **moved))
 
-    def write(self, encoded: Encoded, prompts: Tensor, limit: int) -> list[list[int]]:
+    def write(self, encoded: Encoded, prompts: Tensor, limit: int, temperature: float = 0.0) -> list[list[int]]:
         from transformers import GenerationMixin
 
-        hidden = encoded.output.last_hidden_state
-        self.config.max_new_tokens = limit
+        hidden, config = encoded.output.last_hidden_state, copy.copy(self.config)
+        config.max_new_tokens = limit
+        if temperature:
+            config.update(num_beams=1, do_sample=True, temperature=temperature, top_k=0)
         # Beams multiply and reorder the rows of their cache.
-        shared = {"past_key_values": encoded.cache()} if self.config.num_beams == 1 else {}
+        shared = {"past_key_values": encoded.cache()} if config.num_beams == 1 else {}
         # Whisper's own `generate` splits what it gets at timestamp tokens, which a weak model may write, and then drops
         # the rest; the plain one keeps every token. It expands the encoder's output in place, hence one holder a call.
         written = GenerationMixin.generate(
@@ -404,7 +436,7 @@ class _Transformers:
             encoder_outputs=copy.copy(encoded.output),
             attention_mask=hidden.new_ones(hidden.shape[:2], dtype=torch.long),  # of the encoder; quiets a warning
             decoder_input_ids=prompts.to(hidden.device),
-            generation_config=self.config,
+            generation_config=config,
             **shared,
         )
         tokens: list[list[int]] = written[:, prompts.shape[1] :].tolist()

@@ -38,4 +38,5 @@ def device() -> str:
 
 
 def decoding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: settings[name] for name in ("tasks", "window", "beams", "batch_seconds")}
+    own = {name: settings[name] for name in ("tasks", "window", "beams", "batch_seconds")}
+    return own | {"fallback": settings.get("fallback", False)}

@@ -59,5 +59,5 @@ def _writer(settings: Mapping[str, Any], model: Any, processor: Any, folder: str
         return None
     from lors.speech.ctranslate import CTranslate2Writer, require_ctranslate2
 
-    require_ctranslate2(model.config.model_type, settings["beams"])
+    require_ctranslate2(model.config.model_type, settings["beams"], fallback=settings.get("fallback", False))
     return CTranslate2Writer(model, processor, Path(folder), Path(work) / "ctranslate2")

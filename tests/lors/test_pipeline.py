@@ -511,6 +511,20 @@ def test_validation_in_training_depends_on_decoding_only_where_it_decodes(make: 
         assert bool(trained) == (metric == "score")
 
 
+def test_all_that_decodes_falls_back_or_nothing_does(make: Make, store: Store) -> None:
+    def decoding(**evaluate: Any) -> dict[str, Any]:
+        finetune = {"validation": {"every": 5, "metric": "score"}}
+        steps = build_steps(make(finetune=finetune, evaluate=evaluate), store)
+        decoders = {name: step.settings for name, step in steps.items() if "beams" in step.settings}
+        trained = {name: step.settings["evaluate"] for name, step in steps.items() if "evaluate" in step.settings}
+        return decoders | trained
+
+    plain, falling = decoding(), decoding(fallback=True)
+    assert {name.partition(" ")[0] for name in plain} == {"evaluate", "score", "fine-tune"}
+    assert falling == {name: settings | {"fallback": True} for name, settings in plain.items()}
+    assert not any("fallback" in settings for settings in plain.values())
+
+
 def test_resources_and_places_are_in_no_key(make: Make, store: Store, tmp_path: Path) -> None:
     before = finish(make(), store)
     own = {"parallel": 7, "threads": 3, "processes": 2, "tensorboard": str(tmp_path / "curves")}

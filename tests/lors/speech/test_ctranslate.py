@@ -46,6 +46,8 @@ def test_what_it_does_in_another_way_is_refused(tmp_path: Path, monkeypatch: pyt
         require_ctranslate2("whisper", 2)
     with pytest.raises(ConfigError, match="cannot decode a model of type 'moonshine'"):
         require_ctranslate2("moonshine", 1)
+    with pytest.raises(ConfigError, match=r"from a seed: set evaluate.backend to transformers, or evaluate.fallback"):
+        require_ctranslate2("whisper", 1, fallback=True)
     model, processor = load_model(MODEL_FOLDER)
     model.generation_config.no_repeat_ngram_size = 3
     with pytest.raises(ConfigError, match="sets no_repeat_ngram_size to 3"):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from speech_sounds import utterance
 
 from lors.errors import CheckpointError, InputError
+from lors.scoring.robustness import loops
 from lors.speech.architecture import FeatureCache, Whisper
 from lors.speech.corpus import Utterance
 from lors.speech.features import log_mel, pad_mels, windowed
@@ -353,3 +354,47 @@ def test_beams_write_what_transformers_own_generate_does(tmp_path: Path) -> None
             )[0]  # fmt: skip
         assert hypothesis.text == processor.tokenizer.decode(written, skip_special_tokens=True).strip()
     assert [h.text for h in found] != [h.text for h in greedy]
+
+
+@pytest.fixture(scope="module")
+def looping(whisper_folder: Path) -> tuple[Any, Any]:
+    """A model whose next token depends on the last one alone, so that every text is soon a loop."""
+    model, processor = load_model(whisper_folder)
+    with torch.no_grad():
+        model.model.decoder.embed_positions.weight.zero_()
+        for layer in model.model.decoder.layers:
+            for projection in (layer.self_attn.out_proj, layer.encoder_attn.out_proj):
+                projection.weight.zero_()
+                projection.bias.zero_()
+    return model, processor
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_loops_is_drawn_again_and_nothing_else(looping: tuple[Any, Any], beams: int) -> None:
+    asked: dict[str, Any] = {"language": "es", "beams": beams, "identify": True}
+    plain = transcribe(*looping, UTTERANCES[:3], **asked)
+    state = torch.get_rng_state()
+    found = transcribe(*looping, UTTERANCES[:3], fallback=True, **asked)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert transcribe(*looping, UTTERANCES[:3], fallback=True, batch_seconds=7, **asked) == found  # whatever the batch
+    looped = [loops(h.text) for h in plain]
+    assert True in looped
+    assert not any(loops(h.text) or loops(h.free or "") for h in found)
+    for before, after, again in zip(plain, found, looped, strict=True):
+        assert (after.text != before.text) == again
+        assert after.tokens <= token_limit(after.seconds, 124)
+    assert len({h.text for h in found}) == 3  # each drawn from a seed of its own
+
+
+def test_what_loops_at_every_temperature_is_kept_as_it_is(looping: tuple[Any, Any]) -> None:
+    model, processor = looping
+    with torch.no_grad():
+        model.model.decoder.layer_norm.weight.mul_(100)  # so sure of each token that none other is drawn
+    try:
+        asked: dict[str, Any] = {"language": "es", "tasks": ["transcribe"]}
+        plain = transcribe(model, processor, UTTERANCES[:3], **asked)
+        assert transcribe(model, processor, UTTERANCES[:3], fallback=True, **asked) == plain
+        assert any(loops(h.text) for h in plain)
+    finally:
+        with torch.no_grad():
+            model.model.decoder.layer_norm.weight.div_(100)
