@@ -13,6 +13,7 @@ from lors.report.parts import LABELS, Cell, Section, between, details, download,
 from lors.report.run import Run
 from lors.scoring.metrics import LOWER_IS_BETTER, main_metric
 from lors.scoring.results import BASE, EXPERTS
+from lors.scoring.tables import ahead_of_next, leader
 
 __all__ = ["guard", "headline", "recovery", "robustness"]
 
@@ -47,10 +48,8 @@ def headline(run: Run) -> Section:
     extra = {"recovery": "recovery", "ratio_to_expert": "ratio to expert", "relative_to_base": "relative to base"}
     shown = {key: name for key, name in extra.items() if any(own.get(key) is not None for own in run.systems.values())}
     worst = "recovery" in shown and any(own.get("worst") for own in run.systems.values())
-    ahead = run.summary.get("ahead") or {}
-    beside = [f"less than {ahead['system']}"] if ahead else []
-    after = list(shown.values())
-    head += [*after[:1], *beside, *(["worst recovery"] if worst else []), *after[1:]]
+    first, after = leader(run.summary), list(shown.values())
+    head += [*after[:1], *(["worst recovery"] if worst else []), *after[1:]]
     if len(head) > 1 + sum(span for _, span in groups[1:]):
         groups.append(("both tasks, higher is better", len(head) - sum(span for _, span in groups)))
     rows = []
@@ -61,10 +60,8 @@ def headline(run: Run) -> Section:
             row += [number(own.get(metric), "{:.1f}") for metric in metrics]
         for key in shown:
             ends = (own.get(f"{key}_low"), own.get(f"{key}_high"))
-            row.append(Cell(number(own.get(key), "{:.2f}"), between(*ends, "{:.2f}")))
-            if key == "recovery" and ahead:
-                by = ahead["by"].get(name, {})
-                row.append(Cell(number(by.get("value"), "{:.2f}"), between(by.get("low"), by.get("high"), "{:.2f}")))
+            best_of_all = key == "recovery" and name == first
+            row.append(Cell(number(own.get(key), "{:.2f}"), between(*ends, "{:.2f}"), best=best_of_all))
             if key == "recovery" and worst:
                 found = (name not in (BASE, EXPERTS) and own.get("worst")) or {}
                 row.append(Cell(number(found.get("recovery"), "{:.2f}"), found.get("of", "")))
@@ -124,12 +121,14 @@ def recovery(run: Run) -> Section | None:
         return None
     text = (
         "<p>Recovery is (base - system) / (base - expert) by the main metric: 0 is the base, 1 the experts, which hold "
-        "a model a language and task. Whiskers are 95 % bootstrap intervals.</p>"
+        "a model a language and task. Whiskers are 95 % bootstrap intervals. "
+        f"{escape(ahead_of_next(run.summary) or '')}</p>"
     )
+    ahead = run.summary.get("ahead")
     of = run.summary.get("recovery_of", {})
     columns = list(dict.fromkeys(pair for own in of.values() for pair in own))
     tasks = list(dict.fromkeys(task for name in names for task in run.systems[name].get("recovery_by_task", {})))
-    head = ["system", "mean", *tasks, *columns]
+    head = ["system", "mean", *([f"less than {ahead['system']}"] if ahead else []), *tasks, *columns]
     rows: list[list[Cell | str]] = []
     records = []
     for name in names:
@@ -137,6 +136,9 @@ def recovery(run: Run) -> Section | None:
         by_task = own.get("recovery_by_task", {})
         ends = (own.get("recovery_low"), own.get("recovery_high"))
         row: list[Cell | str] = [name, Cell(number(own["recovery"], "{:.2f}"), between(*ends, "{:.2f}"))]
+        if ahead:
+            by = ahead["by"].get(name, {})
+            row.append(Cell(number(by.get("value"), "{:.2f}"), between(by.get("low"), by.get("high"), "{:.2f}")))
         row += [number(by_task.get(task), "{:.2f}") for task in tasks]
         records.append({"system": name, "of": "mean", "recovery": own["recovery"], "low": ends[0], "high": ends[1]})
         records += [{"system": name, "of": task, "recovery": by_task.get(task)} for task in tasks]

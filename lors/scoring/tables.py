@@ -13,7 +13,7 @@ from lors.scoring.metrics import METRICS, METRICS_OF_TASK, main_metric
 from lors.scoring.results import EXPERTS, headline, main_rows, pairs_of
 from lors.scoring.robustness import MEASURES
 
-__all__ = ["markdown_table", "robustness_table"]
+__all__ = ["ahead_of_next", "leader", "markdown_table", "robustness_table"]
 
 _LABELS: Final = {"wer": "WER", "cer": "CER", "bleu": "BLEU", "chrf": "chrF2"}
 
@@ -28,10 +28,19 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _leader(summary: Mapping[str, Any]) -> str | None:
+def leader(summary: Mapping[str, Any]) -> str | None:
     """The single model that recovers more than every other one beyond the paired interval."""
-    ahead = summary["ahead"]
+    ahead = summary.get("ahead")
     return ahead["system"] if ahead and all((own["low"] or 0) > 0 for own in ahead["by"].values()) else None
+
+
+def ahead_of_next(summary: Mapping[str, Any]) -> str | None:
+    """A sentence: how much more the single model with the most recovery has than the next one."""
+    if not (ahead := summary.get("ahead")):
+        return None
+    rival, by = min(ahead["by"].items(), key=lambda item: item[1]["value"])
+    span = "" if by["low"] is None else f" [{by['low']:.2f}, {by['high']:.2f}]"
+    return f"{ahead['system']} recovers {by['value']:.2f}{span} more than {rival}, the next single model."
 
 
 def _recovery_cell(own: Mapping[str, Any], *, best: bool) -> str:
@@ -66,8 +75,8 @@ def _columns(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[_Column]
                 means = {name: _number(own[metric]) for name, own in systems.items()}
                 columns.append(_Column(f"mean {_LABELS[metric]}", means))
     if EXPERTS in systems:
-        leader = _leader(summary)
-        cells = {name: _recovery_cell(own, best=name == leader) for name, own in systems.items()}
+        first = leader(summary)
+        cells = {name: _recovery_cell(own, best=name == first) for name, own in systems.items()}
         columns.append(_Column("recovery", cells))
     for task in METRICS_OF_TASK:
         for code, metric in metrics_of(task, guarded=True).items():
@@ -81,16 +90,12 @@ def _notes(results: pd.DataFrame, summary: Mapping[str, Any]) -> list[str]:
     rows = main_rows(results)
     windows = list(dict.fromkeys(rows["window"]))
     notes = [f"Split {split}, encoder window {', '.join(windows)} s, rates in percent."]
-    if any(summary["best"].values()) or _leader(summary):
+    if any(summary["best"].values()) or leader(summary):
         notes.append("Bold: better than every other single model beyond the paired 95 % bootstrap interval.")
     if rows.groupby(["language", "task"])["window"].nunique().max() > 1:
         notes.append("The systems were not all given the same window, so their scores do not compare strictly.")
-    if ahead := summary["ahead"]:
-        rival, by = min(ahead["by"].items(), key=lambda item: item[1]["value"])
-        span = "" if by["low"] is None else f" [{by['low']:.2f}, {by['high']:.2f}]"
-        notes.append(
-            f"`{ahead['system']}` recovers {by['value']:.2f}{span} more than `{rival}`, the next single model."
-        )
+    if said := ahead_of_next(summary):
+        notes.append(said)
     if summary["recovery_left_out"]:
         notes.append(
             "Recovery leaves out where the expert is not better than the base beyond the 95 % interval: "
@@ -120,8 +125,8 @@ def _markdown(lines: Sequence[Sequence[str]]) -> list[str]:
 def markdown_table(results: pd.DataFrame, summary: Mapping[str, Any]) -> str:
     """One row a system: its main metric by language, their means, recovery with its 95 % interval.
 
-    In bold what `summary["best"]` names. Below the table: the split, the windows and the signatures. The intervals of
-    the scores are in the results.
+    In bold what `summary["best"]` and `leader` name. Below the table: the split, the windows and the signatures. The
+    intervals of the scores are in the results.
     """
     columns = _columns(results, summary)
     lines = [["system", *(column.header for column in columns)], ["---", *("---:" for _ in columns)]]

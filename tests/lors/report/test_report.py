@@ -122,7 +122,7 @@ def test_bold_is_only_what_the_intervals_support(run: Path, tmp_path: Path) -> N
     summary = json.loads((run / "summary.json").read_text())
     for best, count in (({"es transcribe": "lors", "fr transcribe": None}, 1), ({}, 0)):
         given = load_run(run)
-        given.summary["best"] = best  # type: ignore[index]
+        given.summary.update(best=best, ahead=None)  # type: ignore[attr-defined]
         bold = [text for text in Document(report_page([given])).bold if re.fullmatch(r"[\d.]+", text)]
         assert len(bold) == count
     rows = load_results(run)
@@ -130,6 +130,21 @@ def test_bold_is_only_what_the_intervals_support(run: Path, tmp_path: Path) -> N
     given.summary["best"] = {"es transcribe": "lors"}  # type: ignore[index]
     assert f"{value.item():.1f}" in Document(report_page([given])).bold
     assert summary["best"]
+
+
+def test_the_first_in_recovery_is_said_to_be_and_is_bold_only_where_it_is_ahead_of_all(run: Path) -> None:
+    given, ends = load_run(run), {"value": 0.5, "high": 0.75}
+    for low, bold in ((0.25, ["0.90"]), (-0.25, [])):
+        given.summary.update(  # type: ignore[attr-defined]
+            best={},
+            ahead={"system": "lors", "by": {"base": ends | {"low": 0.25}, "task_arithmetic": ends | {"low": low}}},
+        )
+        given.systems["lors"]["recovery"] = 0.9
+        text = report_page([given])
+        page = Document(text)
+        assert [own for own in page.bold if re.fullmatch(r"[\d.]+", own)] == bold
+        assert "lors recovers 0.50 [0.25, 0.75] more than base, the next single model." in text
+        assert "less than lors" in text
 
 
 def test_a_section_is_there_only_with_its_data(run: Path, tmp_path: Path) -> None:
