@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +53,24 @@ def test_the_readme_names_commands_and_options_that_exist(line: str, capsys: pyt
 )
 def test_the_readme_names_experiments_that_load(file: str) -> None:
     assert load_experiment(ROOT / file).languages
+
+
+def test_the_real_speech_is_of_spoken_prompts_whose_text_is_whole(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "prompts_corpus.py"))
+    folder = tmp_path / "usr/share/doc/asterisk-core-sounds-it"
+    folder.mkdir(parents=True)
+    lines = (
+        "\ufeff; Core sounds, in Italian",
+        "added: Aggiunto.",
+        "beep: [un suono]",
+        "at-tone: L'ora (breve  pausa) esatta: <tono> è...",
+        "cannot: La chiamata non pu? essere completata.",
+        "again: Vuole  riprovare?",
+        "no colon",
+    )
+    with gzip.open(folder / "core-sounds-it.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines))
+    texts = {"added": "Aggiunto.", "at-tone": "L'ora esatta: è...", "again": "Vuole riprovare?"}
+    assert script["transcripts"](tmp_path, "it") == texts
+    splits = [script["split_of"](f"digits/{number}") for number in range(400)]
+    assert {split: splits.count(split) // 40 for split in splits} == {"train": 6, "test": 2, "validation": 1}
