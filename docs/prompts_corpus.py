@@ -11,9 +11,11 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import soundfile
 
@@ -44,7 +46,7 @@ def write(root: Path, language: str, english: dict[str, str], out: Path) -> dict
     texts = transcripts(root, language)
     (sounds,) = (root / "usr/share/asterisk/sounds").glob(f"{language}_*")
     (out / "audio").mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[dict[str, object]]] = {"train": [], "validation": [], "test": []}
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     for path in sorted(sounds.rglob("*.g722")):
         name = path.relative_to(sounds).with_suffix("").as_posix()
         if name not in texts:
@@ -59,7 +61,7 @@ def write(root: Path, language: str, english: dict[str, str], out: Path) -> dict
     for split, some in rows.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in some)
         (out / f"{split}.jsonl").write_text("".join(lines), "utf-8")
-    return {split: [float(str(row["seconds"])) for row in some] for split, some in rows.items()}
+    return {split: [row["seconds"] for row in some] for split, some in rows.items()}
 
 
 def main() -> None:
@@ -67,6 +69,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("languages", nargs="+", choices=["en", "es", "fr", "it", "ru"])
     args = parser.parse_args()
+    if missing := [tool for tool in ("apt-get", "dpkg", "ffmpeg") if shutil.which(tool) is None]:
+        parser.error(f"{', '.join(missing)} not found: run this on Debian or Ubuntu, after `apt-get install ffmpeg`")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         names = {PACKAGE.format("en")}

@@ -24,11 +24,8 @@ def main(output: Path) -> None:
     )
     heads = [f"{language} {main_metric(task, language).upper()}" for task, language in columns]
     trained = sum(language not in watched for _, language in columns)
-    print(
-        "| "
-        + " | ".join(["system", *heads[:trained], "recovery", *(f"guard {head}" for head in heads[trained:])])
-        + " |"
-    )
+    heads = ["system", *heads[:trained], "recovery", *(f"guard {head}" for head in heads[trained:])]
+    print("| " + " | ".join(heads) + " |")
     print("| --- " * (len(columns) + 2) + "|")
     for system, means in summary["systems"].items():
         cells = [system]
