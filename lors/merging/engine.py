@@ -246,7 +246,7 @@ class Merger:
         for number, plain in enumerate(self._steps[:count]):
             step = r.with_group(plain, group)
             if isinstance(step, r.Lors):
-                if not (isinstance(vector, delta_file.DeltaFile) and vector.settings):  # pruned before
+                if not _was_pruned(vector):
                     pruned = self._account(expert, prune_delta(self._gather(rows, name), step, name))
                     rows = functools.partial(_stored, pruned)
             elif isinstance(step, r.Star):
@@ -258,9 +258,12 @@ class Merger:
         return rows
 
     def _pruned(self, expert: str, name: str, count: int) -> PrunedDelta:
-        step = r.with_group(self._steps[0], self.recipe.group(name, self.base.shape(name)))
-        if count == 1 and isinstance(step, r.Lors):
-            return self._account(expert, prune_delta(self.experts[expert].delta(name), step, name))
+        vector, step = (
+            self.experts[expert],
+            r.with_group(self._steps[0], self.recipe.group(name, self.base.shape(name))),
+        )
+        if count == 1 and isinstance(step, r.Lors) and not _was_pruned(vector):
+            return self._account(expert, prune_delta(vector.delta(name), step, name))
         return PrunedDelta(self.base.shape(name), whole=self._gather(self.rows(expert, name, count), name))
 
     def _account(self, expert: str, pruned: PrunedDelta) -> PrunedDelta:
@@ -306,6 +309,11 @@ def _combined(how: Fold | Joint, deltas: Sequence[torch.Tensor], weights: Sequen
     for number, weight in enumerate(weights):
         how.add(state, deltas[number], weight, 1)
     return how.finish(state, weights, base)
+
+
+def _was_pruned(vector: Expert) -> bool:
+    """Whether it is a compact expert, which LoRS steps take as it is."""
+    return isinstance(vector, delta_file.DeltaFile) and vector.settings is not None
 
 
 def _kept(rows: Rows, keep: Keep, width: int, start: int, stop: int, base: torch.Tensor | None = None) -> torch.Tensor:

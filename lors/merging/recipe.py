@@ -244,8 +244,8 @@ class Group(_Part):
     """Of every step and combiner that has one."""
     density: Density | None = None
     """Of every step and combiner that has one."""
-    exclude: bool = False
-    """Leave these parameters as they are in the base."""
+    exclude: bool | None = None
+    """Leave these parameters as they are in the base; false takes them out of an earlier group that does."""
 
 
 class Recipe(_Part):
@@ -277,7 +277,7 @@ class Recipe(_Part):
         """What is set otherwise for one parameter."""
         if not self.groups:
             return Group()
-        settings = {group: own.model_dump(exclude_defaults=True) for group, own in self.groups.items()}
+        settings = {group: own.model_dump(exclude_none=True) for group, own in self.groups.items()}
         return Group(**overrides(settings, name, shape))
 
     def scaling_of(self, name: str, shape: tuple[int, ...], scaling: float | None = None) -> float:

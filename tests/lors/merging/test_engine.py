@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +73,11 @@ def vectors(models: Mapping[str, Checkpoint]) -> dict[str, TaskVector]:
 
 def merged(models: Mapping[str, Checkpoint], recipe: Recipe, **options: object) -> dict[str, torch.Tensor]:
     with Merger(models["base"], vectors(models), recipe, WEIGHTS, **options) as merger:  # type: ignore[arg-type]
+        return dict(merger.deltas())
+
+
+def merged_files(models: Mapping[str, Checkpoint], files: Mapping[str, DeltaFile], recipe: Recipe) -> Any:
+    with Merger(models["base"], files, recipe, WEIGHTS) as merger:
         return dict(merger.deltas())
 
 
@@ -182,6 +188,19 @@ def test_groups_have_settings_of_their_own(models):
     }  # fmt: skip
 
 
+def test_a_later_group_takes_back_what_an_earlier_one_leaves_out(models):
+    groups: dict[str, Any] = {"encoder": {"exclude": True}, "*.fc1.weight": {"exclude": False}}
+    found = merged(models, make_recipe("task_arithmetic", groups=groups))
+    assert (found["model.encoder.fc1.weight"] != 0).any()
+    assert (found["model.encoder.fc1.bias"] == 0).all()
+    again = Recipe.model_validate_json(make_recipe("task_arithmetic", groups=groups).model_dump_json())
+    assert again.groups["encoder"].exclude
+    assert again.groups["*.fc1.weight"].exclude is False
+    kept = make_recipe("ties", groups={"encoder": {"exclude": True}, "convolutions": {"scaling": 0.2}})
+    found = merged(models, Recipe.model_validate_json(kept.model_dump_json()))
+    assert (found["model.encoder.conv1.weight"] == 0).all()
+
+
 def test_a_trim_of_the_whole_model_counts_groups_of_another_density_apart(models):
     groups = {"encoder": {"density": 0.5}, "scale": {"exclude": True}}
     found = merged(models, Recipe(steps=(Magnitude(density=0.01),), groups=groups))
@@ -210,6 +229,10 @@ def test_pruned_files_are_taken_as_they_are_and_random_masks_go_by_expert(models
         assert merger.retained_energy == pytest.approx({e: files[e].retained_energy for e in EXPERTS})
     for name in SHAPES:
         assert torch.equal(found[name], again[name])
+    for scope in ("tensor", "model"):
+        ties = [make_recipe("ties", {"scope": scope, "density": 0.5}, before=step) for step in ([], [Lors()])]
+        whole, pruned_again = (merged_files(models, files, recipe) for recipe in ties)
+        assert all(torch.equal(whole[name], pruned_again[name]) for name in SHAPES)
     same = {expert: TaskVector(models["base"], models["es"]) for expert in EXPERTS}
     with Merger(models["base"], same, make_recipe("dare_linear", {"density": 0.5}), WEIGHTS) as merger:
         embedding = dict(merger.deltas())["model.decoder.embed_tokens.weight"]
