@@ -165,9 +165,9 @@ def recipe_of(options: argparse.Namespace) -> Any:
             raise InputError(
                 "--recipe holds the method and all its settings; leave the others out (--scaling may stay)"
             )
-        return read_recipe(options.recipe, options.scaling)
+        return _all_used(read_recipe(options.recipe, options.scaling))
     method = options.method or "lors"
-    return make_recipe(
+    recipe = make_recipe(
         method,
         _assigned(options.set, "--set"),
         before=[make_step(kind, values) for kind, values in map(_step, options.prune)],
@@ -176,6 +176,20 @@ def recipe_of(options: argparse.Namespace) -> Any:
         groups=_groups(options.group),
         like=options.like,
     )
+    return _all_used(recipe)
+
+
+def _all_used(recipe: Any) -> Any:
+    """The recipe. Raises InputError where a group sets what none of its parts has."""
+    known = {name for part in (*recipe.steps, recipe.combine) for name in type(part).model_fields}
+    for name, group in recipe.groups.items():
+        for setting in ("rank_ratio", "density"):
+            if getattr(group, setting) is not None and setting not in known:
+                raise InputError(
+                    f"the group {name}: {recipe.method} has no {setting}, so it would change nothing; leave it out, "
+                    "or put a step that has one before it (see `lors merge --list`)"
+                )
+    return recipe
 
 
 def _step(text: str, lists: Collection[str] = _PATTERNS) -> tuple[str, dict[str, Any]]:

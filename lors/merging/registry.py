@@ -242,7 +242,9 @@ def allowed(field: pydantic.fields.FieldInfo) -> str:
         if getattr(part, bound, None) is not None
     ]
     choices = (
-        ["true", "false"] if field.annotation is bool else [c for c in get_args(field.annotation) if isinstance(c, str)]
+        ["true", "false"]
+        if field.annotation in (bool, bool | None)
+        else [c for c in get_args(field.annotation) if isinstance(c, str)]
     )
     return " | ".join(choices) or ", ".join(limits)
 
@@ -299,10 +301,17 @@ def _recipe_of(content: Mapping[str, Any]) -> r.Recipe:
     return make_recipe(method, values, scaling=short.scaling if "scaling" in content else None, groups=short.groups)
 
 
+_PARTS: list[type[pydantic.BaseModel]] = [
+    r.Group,
+    *(type(part) for part in (*STEPS.values(), *(method.combine for method in METHODS.values()))),
+]
+_SWITCHES = {n for part in _PARTS for n, field in part.model_fields.items() if field.annotation in (bool, bool | None)}
+
+
 def _refuse_switches(content: Any) -> None:
     """Raises InputError for a number or a word that YAML read as true or false: on, off, yes, no."""
     for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-        if isinstance(value, bool) and key not in ("exclude", "normalize"):
+        if isinstance(value, bool) and key not in _SWITCHES:
             raise InputError(f"{key} is {str(value).lower()}; write a number, or a word in quotes (a bare on is true)")
         if isinstance(value, dict | list):
             _refuse_switches(value)

@@ -141,6 +141,18 @@ def test_a_recipe_is_read_from_a_file(tmp_path: Path):
         read_recipe(tmp_path / "nothing.yaml")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_recipe_is_read_back_from_a_card(method, tmp_path: Path):
+    recipe = make_recipe(method, groups={"encoder": {"exclude": True, "scaling": 0.5}})
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    assert read_recipe(tmp_path / "recipe.json") == recipe
+
+
+def test_switches_are_read_from_a_file(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("method: model_stock\nclamp: false\n")
+    assert read_recipe(tmp_path / "recipe.yaml") == make_recipe("model_stock", {"clamp": False})
+
+
 def test_weights():
     experts = {"fr": 0, "es": 0}
     assert list(expert_weights(experts, {"fr": 2}).items()) == [("es", 1.0), ("fr", 2.0)]
