@@ -9,8 +9,10 @@ at most N * 2^-53 of the largest |w_i * delta_i| before the one cast at the end.
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lors.blocks import row_blocks
 from lors.checkpoint import Checkpoint
 from lors.errors import CheckpointError, InputError
 from lors.files import sync_to_disk, writing
+from lors.lease import hold
 from lors.merging.combiners import Fold
 from lors.merging.engine import Block, Merger, finished
 from lors.merging.folders import Progress, card, check_patterns, open_experts, write_merged
@@ -35,6 +38,8 @@ from lors.workers import run_all
 __all__ = ["Accumulator", "accumulate", "write_accumulated"]
 
 FORMAT, VERSION = "lors.accumulator", 1
+
+_logger = logging.getLogger(__name__)
 
 
 class Accumulator:
@@ -96,16 +101,43 @@ def accumulate(
 ) -> Accumulator:
     """Add experts to an accumulator, or take them out; it is replaced in one rename, or stays as it was.
 
-    Reads the accumulator and the experts named, nothing else. Raises InputError (an id twice or unknown, a method that
-    needs all experts together or cannot take one out, no room) or CheckpointError (another base, another expert).
+    Waits where another process is changing it. Reads the accumulator and the experts named, nothing else.
+    Raises InputError (an id twice or unknown, another recipe, a method that needs all experts together or cannot take
+    one out, no room) or CheckpointError (another base, another expert).
     """
-    path, add, remove = Path(path), dict(add or {}), dict(remove or {})
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    with ExitStack() as held:
+        with writing(path):
+            held.enter_context(hold(lock, f"the accumulator {path}", on_wait=_logger.warning))
+            held.callback(lock.unlink, missing_ok=True)
+        return _accumulate(
+            path, base, recipe, dict(add or {}), dict(remove or {}), weights, force, workers, on_progress
+        )
+
+
+def _accumulate(
+    path: Path,
+    base: Checkpoint,
+    recipe: Recipe,
+    add: Mapping[str, str | Path],
+    remove: Mapping[str, str | Path | None],
+    weights: Mapping[str, float] | None,
+    force: bool,
+    workers: int | None,
+    on_progress: Progress | None,
+) -> Accumulator:
     old = Accumulator(path) if path.exists() else None
+    if old and old.recipe != recipe:
+        raise InputError(f"{path} was begun with another recipe, of {old.recipe.method}; begin a new accumulator")
     experts = dict(old.experts) if old else {}
     each = expert_weights(add, weights)
     for expert in add:
         if expert in experts and expert not in remove:
-            raise InputError(f"the expert {expert!r} is in {path} already; take it out with --remove {expert} as well")
+            raise InputError(
+                f"the expert {expert!r} is in {path} already; leave it out, or take the old one out with "
+                f"--remove {expert} as well"
+            )
     for expert in remove:
         if expert not in experts:
             raise InputError(
@@ -145,9 +177,11 @@ def accumulate(
         "experts": experts,
     }
     scratch = path.absolute().parent
+    # The state is what comes before the scaling coefficient, which may change: one of 0 leaves nothing out of it.
+    steps = with_scaling(recipe, 1.0)
     with (
-        Merger(base, leaving, recipe, old_weights, workers=workers, scratch=scratch) as minus,
-        Merger(base, coming, recipe, each, workers=workers, scratch=scratch) as plus,
+        Merger(base, leaving, steps, old_weights, workers=workers, scratch=scratch) as minus,
+        Merger(base, coming, steps, each, workers=workers, scratch=scratch) as plus,
     ):
         _write(path, [(minus, -1), (plus, 1)], old, facts, on_progress)
     return Accumulator(path)
@@ -162,7 +196,10 @@ def write_accumulated(
     workers: int | None = None,
     on_progress: Progress | None = None,
 ) -> None:
-    """The merged model of an accumulator's experts, as `merge_folders` writes it; no expert is read."""
+    """The merged model of an accumulator's experts, as `merge_folders` writes it; no expert is read.
+
+    Without any expert it is the base. Raises CheckpointError (another base), and as `merge_folders` does.
+    """
     recipe = with_scaling(state.recipe, scaling)
     if state.base_digest != base.digest():
         raise CheckpointError(f"{state.path} is of another base than {base.label}; give the base it was begun with")
@@ -173,7 +210,7 @@ def write_accumulated(
         write_merged(
             writer,
             lambda name: state.blocks(base, name),
-            lambda name: recipe.scaling_of(name, base.shape(name)),
+            lambda name: recipe.scaling_of(name, base.shape(name)) if state.experts else 0.0,
             workers or cores(),
             on_progress,
         )
@@ -196,7 +233,6 @@ def _write(
     }
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with writing(path):
-        partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = TensorFile(partial, arrays, {"lors": json.dumps(facts, sort_keys=True)})
         except BaseException:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,37 @@ def test_groups_left_out_stay_as_in_the_base(models, tmp_path):
             assert torch.equal(written.tensor(name), base.tensor(name)) == (".encoder." in name)
 
 
+def test_two_at_a_time_both_go_in(models, tmp_path):
+    base, recipe, path = Checkpoint(models["base"]), make_recipe("ties"), tmp_path / "all.safetensors"
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda name: accumulate(path, base, recipe, add={name: models[name]}), ("de", "es", "fr")))
+    state = Accumulator(path)
+    assert state.weights.keys() == {"de", "es", "fr"}
+    write_accumulated(state, base, tmp_path / "one")
+    merge_folders(models["base"], experts_of(models, "de", "es", "fr"), tmp_path / "all", recipe)
+    assert weights_of(tmp_path / "one") == weights_of(tmp_path / "all")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_scaling_of_0_leaves_nothing_out_of_the_state(models, tmp_path):
+    base, path = Checkpoint(models["base"]), tmp_path / "new" / "all.safetensors"
+    recipe = make_recipe("ties", before=[Lors(rank_ratio=0.5)], scaling=0)
+    state = accumulate(path, base, recipe, add=experts_of(models, "es", "fr"))
+    write_accumulated(state, base, tmp_path / "zero")
+    assert weights_of(tmp_path / "zero") == weights_of(models["base"])
+    write_accumulated(state, base, tmp_path / "half", scaling=0.5)
+    half = recipe.model_copy(update={"scaling": 0.5})
+    merge_folders(models["base"], experts_of(models, "es", "fr"), tmp_path / "all", half)
+    assert weights_of(tmp_path / "half") == weights_of(tmp_path / "all")
+
+
+def test_without_any_expert_it_is_the_base(models, tmp_path):
+    base, recipe, path = Checkpoint(models["base"]), make_recipe("iso_c"), tmp_path / "all.safetensors"
+    accumulate(path, base, recipe, add=experts_of(models, "es"))
+    write_accumulated(accumulate(path, base, recipe, remove={"es": None}), base, tmp_path / "none")
+    assert weights_of(tmp_path / "none") == weights_of(models["base"])
+
+
 def test_refuses_and_leaves_the_accumulator_as_it_was(models, tmp_path, tiny_whisper_folder):
     base, recipe, path = Checkpoint(models["base"]), make_recipe("task_arithmetic"), tmp_path / "all.safetensors"
     accumulate(path, base, recipe, add=experts_of(models, "es"))
@@ -110,6 +142,8 @@ def test_refuses_and_leaves_the_accumulator_as_it_was(models, tmp_path, tiny_whi
             accumulate(path, base, recipe, **change)
     with pytest.raises(CheckpointError, match="is of another base"):
         accumulate(path, Checkpoint(models["fr"]), recipe, add=experts_of(models, "de"))
+    with pytest.raises(InputError, match="was begun with another recipe, of task_arithmetic"):
+        accumulate(path, base, make_recipe("ties"), add=experts_of(models, "de"))
     with pytest.raises(InputError, match=r"slerp needs all experts together.* task_arithmetic"):
         accumulate(tmp_path / "new.safetensors", base, make_recipe("slerp"), add=experts_of(models, "es"))
     with pytest.raises(CheckpointError, match="is no accumulator"):
