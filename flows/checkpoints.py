@@ -213,6 +213,7 @@ def _merge_into(options: argparse.Namespace) -> int:
     _start()
     from lors.checkpoint import Checkpoint
     from lors.errors import CheckpointError
+    from lors.files import new_folder
     from lors.merging.accumulator import Accumulator, accumulate, write_accumulated
 
     add, remove, into = experts_of(options.expert), removed_of(options.remove), options.into
@@ -223,7 +224,7 @@ def _merge_into(options: argparse.Namespace) -> int:
     if options.weight and not add:
         raise InputError("--weight is of an expert that is added; give that one with --expert")
     if options.out is not None:
-        _need_free(options.out)
+        new_folder(options.out)
     old = Accumulator(into) if into.exists() else None
     if old is None and (options.base is None or not add):
         raise InputError(f"{into} is not there yet: give --base and at least one --expert to begin it")
@@ -252,8 +253,15 @@ def _merge_into(options: argparse.Namespace) -> int:
     assert state is not None
     scaling = recipe.scaling if options.scaling is None else options.scaling
     if options.out is not None:
-        with _bar("merging") as advance:
-            write_accumulated(state, base, options.out, scaling=scaling, workers=options.workers, on_progress=advance)
+        try:
+            with _bar("merging") as advance:
+                write_accumulated(
+                    state, base, options.out, scaling=scaling, workers=options.workers, on_progress=advance
+                )
+        except (InputError, CheckpointError) as error:
+            if not add and not remove:
+                raise
+            raise type(error)(f"{error}; {into} is changed already: next time give --out without --expert") from error
     facts = {
         "into": str(into),
         "out": None if options.out is None else str(options.out),
@@ -345,7 +353,7 @@ def _diagnose(options: argparse.Namespace) -> int:
     if not experts:
         raise InputError("no expert was given; give at least one --expert")
     base = Checkpoint(_model(options.base))
-    with _new_folder(options.out) as folder:
+    with _folder_of(options.out) as folder:
         vectors, _, _ = open_experts(base, experts, force=options.force)
         with _bar("diagnosing") as advance:
             diagnosis = diagnose(base, vectors, on_progress=advance)
@@ -361,28 +369,23 @@ def _diagnose(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _new_folder(out: Path | None) -> Iterator[Path | None]:
+def _folder_of(out: Path | None) -> Iterator[Path | None]:
     """A folder that becomes `out` when the block ends without an error; nothing where there is no `out`."""
-    from lors.files import writing
+    from lors.files import new_folder, writing
 
     if out is None:
         yield None
         return
-    _need_free(out)
-    partial = out.absolute().parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     with writing(out):
+        place = new_folder(out)
+        partial = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.partial")
         partial.mkdir(parents=True)
     try:
         yield partial
         with writing(out):
-            partial.rename(out)
+            partial.rename(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _need_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is already there and not empty; choose another output folder or remove it")
 
 
 def _count(things: Collection[object], word: str) -> str:

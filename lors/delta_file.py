@@ -88,6 +88,12 @@ class DeltaFile:
         """1 - |pruned - tau|^2 / |tau|^2 over the whole task vector tau; 1 where nothing was pruned."""
         return _retained(self.metadata["tensors"].values())
 
+    @property
+    def budget(self) -> int | None:
+        """The bytes that it was pruned to, where its ranks and densities are of a budget and not of the settings."""
+        budget: int | None = self.metadata.get("provenance", {}).get("budget")
+        return budget
+
     def shape(self, name: str) -> tuple[int, ...]:
         shape: tuple[int, ...] = self._tensors[name]["shape"]
         return shape

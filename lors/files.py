@@ -25,6 +25,7 @@ __all__ = [
     "brief",
     "file_digest",
     "is_safe",
+    "new_folder",
     "storage_errors",
     "sync_to_disk",
     "to_json",
@@ -224,6 +225,21 @@ def brief(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{Path(error.filename).name}: {error.strerror}"
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def new_folder(out: Path) -> Path:
+    """The place of a folder that is not there yet, links followed: what is renamed to it becomes `out`.
+
+    Raises InputError: something is there, or nothing can be renamed to it.
+    """
+    place = Path(out).resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise InputError(f"{out} is already there and not empty; choose another output folder or remove it")
+    if os.path.ismount(place):
+        raise InputError(f"{out} is a disk of its own, which no folder can be renamed to; name a folder inside it")
+    if not place.name.isprintable():
+        raise InputError(f"{place.name!r} is no name that can be printed; choose another output folder")
+    return place
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from lors.checkpoint import Checkpoint
 from lors.delta_file import DeltaFile
 from lors.errors import CheckpointError, InputError
-from lors.files import sync_to_disk, writing
+from lors.files import new_folder, sync_to_disk, writing
 
 __all__ = ["LoraExport", "export_lora"]
 
@@ -42,8 +42,9 @@ def export_lora(
     """Write the low-rank part of a compact expert as a PEFT adapter folder: base + scaling * L, float32.
 
     Linear layers and token embeddings are exported, each with its own rank; a head that is tied to the embeddings gets
-    their factors too. The sparse part and vectors have no place in a LoRA, and Whisper reads attributes of its position
-    embeddings and convolutions that PEFT's wrappers do not have, so these are left out.
+    their factors too, which is right as PEFT loads them and twice their delta after its `merge_and_unload`. The sparse
+    part and vectors have no place in a LoRA, and Whisper reads attributes of its position embeddings and convolutions
+    that PEFT's wrappers do not have, so these are left out.
     The folder appears in one rename.
     Raises CheckpointError: another base, a file without a low-rank part; InputError: `out` cannot be written.
     """
@@ -71,21 +72,21 @@ def export_lora(
             f"{file.path} has no low-rank part that a LoRA can hold; "
             f"prune with the composition additive or low_rank, or apply the file instead"
         )
-    partial = out.absolute().parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     with writing(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} is already there and not empty; choose another output folder or remove it")
+        place = new_folder(out)
+        partial = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.partial")
         partial.mkdir(parents=True)
     try:
         with writing(out):
             save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
             config = json.dumps(_config(base, ranks), indent=2, sort_keys=True) + "\n"
             (partial / "adapter_config.json").write_text(config, encoding="utf-8")
-            (partial / "README.md").write_text(_card(base, file, scaling, left_out), encoding="utf-8")
+            card = _card(base, file, scaling, left_out, both={EMBEDDING, HEAD} <= ranks.keys() and _tied(base))
+            (partial / "README.md").write_text(card, encoding="utf-8")
             (partial / "adapter_model.safetensors").chmod((partial / "README.md").stat().st_mode)
             for path in (*partial.iterdir(), partial):
                 sync_to_disk(path)
-            partial.rename(out)
+            partial.rename(place)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -113,8 +114,12 @@ def _adapters(
         return [(module, a, b)]
     # PEFT multiplies an embedding's factors the other way round: (A^T B^T)[token].
     embedding = module, ("lora_embedding_A", us.T.contiguous()), ("lora_embedding_B", vh.T.contiguous())
-    tied = f"{HEAD}.weight" not in base.names
-    return [embedding, (HEAD, ("lora_A.weight", vh.clone()), ("lora_B.weight", us.clone()))] if tied else [embedding]
+    head = HEAD, ("lora_A.weight", vh.clone()), ("lora_B.weight", us.clone())
+    return [embedding, head] if _tied(base) else [embedding]
+
+
+def _tied(base: Checkpoint) -> bool:
+    return f"{HEAD}.weight" not in base.names
 
 
 def _config(base: Checkpoint, ranks: dict[str, int]) -> dict[str, Any]:
@@ -135,7 +140,13 @@ def _config(base: Checkpoint, ranks: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _card(base: Checkpoint, file: DeltaFile, scaling: float, left_out: list[str]) -> str:
+_TWICE = (
+    " Use it as it loads: the head is the token embeddings here, so PEFT's `merge_and_unload` would add their delta "
+    "twice; `lors apply` writes a merged model."
+)
+
+
+def _card(base: Checkpoint, file: DeltaFile, scaling: float, left_out: list[str], both: bool) -> str:
     head = ["library_name: peft", "tags: [lors, lora]"] + ([f"base_model: {base.hub_id}"] if base.hub_id else [])
     listed = "\n".join(f"- `{name}`" for name in left_out) or "Nothing."
     return (
@@ -144,7 +155,7 @@ def _card(base: Checkpoint, file: DeltaFile, scaling: float, left_out: list[str]
                 "\n".join(["---", *head, "---"]),
                 f"# The low-rank part of {file.path.stem}",
                 f"A LoRA adapter for {base.label}, with the scaling coefficient {scaling} multiplied in: "
-                f"`PeftModel.from_pretrained(base, this_folder)`.",
+                f"`PeftModel.from_pretrained(base, this_folder)`." + (_TWICE if both else ""),
                 "## Left out",
                 "The deltas of these parameters, or the sparse part of them, are not in this adapter; "
                 "`lors apply` applies them all.",

@@ -16,8 +16,8 @@ import torch
 
 from lors.blocks import row_blocks
 from lors.checkpoint import Checkpoint, check_compatible, is_finite
-from lors.errors import CheckpointError, InputError
-from lors.files import sync_to_disk, writing
+from lors.errors import CheckpointError
+from lors.files import new_folder, sync_to_disk, writing
 from lors.model_folder import CONFIG, INDEX, WEIGHTS, folder_digest
 from lors.tensor_file import TensorFile
 
@@ -35,16 +35,13 @@ class ModelWriter:
     def __init__(self, out: Path, base: Checkpoint, max_shard_bytes: int = 5_000_000_000) -> None:
         self.out, self.base = Path(out), base
         self.digest = ""  # as `Checkpoint.digest`, once it is complete
-        self.partial = self.out.absolute().parent / f".{self.out.name}.{uuid.uuid4().hex[:8]}.partial"
         self._files: list[TensorFile] = []
         self._places: dict[str, TensorFile] = {}
         self._missing = Counter({name: _row_count(base.shape(name)) for name in base.names})
         self._lock = threading.Lock()
         with writing(self.out):
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                raise InputError(
-                    f"{self.out} is already there and not empty; choose another output folder or remove it"
-                )
+            self._place = new_folder(self.out)
+            self.partial = self._place.with_name(f".{self._place.name}.{uuid.uuid4().hex[:8]}.partial")
             self.partial.mkdir(parents=True)
         shards = _plan_shards(base, max_shard_bytes)
         try:
@@ -90,8 +87,8 @@ class ModelWriter:
         with writing(self.out):
             for path in (*self.partial.iterdir(), self.partial):
                 sync_to_disk(path)
-            self.partial.rename(self.out)
-            sync_to_disk(self.out.absolute().parent)
+            self.partial.rename(self._place)
+            sync_to_disk(self._place.parent)
 
     def _finish_files(self, title: str, text: str, provenance: Mapping[str, Any]) -> str:
         lacking = [name for name, rows in self._missing.items() if rows]

@@ -147,6 +147,7 @@ def write_merged(
     def unchanged(name: str) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         for start, stop in row_blocks(base.shape(name)):
             rows = base.rows(name, start, stop)
+            base.require_finite(name, rows)
             yield start, rows, rows
 
     def write(name: str) -> None:
@@ -196,11 +197,14 @@ def _digest(model: Expert | Checkpoint, memo: MutableMapping[str, str] | None) -
 
 
 def pruned_otherwise(vectors: Mapping[str, Expert], recipe: Recipe) -> list[str]:
-    """The experts that were pruned by other settings than the recipe's."""
+    """The experts that were pruned by other settings than the recipe's, or to a budget, whatever their settings."""
     return [
         expert
         for expert, vector in vectors.items()
-        if isinstance(vector, DeltaFile) and vector.settings and recipe.pruning not in (None, vector.settings)
+        if isinstance(vector, DeltaFile)
+        and vector.settings
+        and recipe.pruning is not None
+        and (vector.settings != recipe.pruning or vector.budget is not None)
     ]
 
 

@@ -345,6 +345,7 @@ WRONG_OPTIONS = [
     ("--expert =x", "--expert '=x' is not ID=MODEL or MODEL"),
     ("--expert x=", "--expert 'x=' is not ID=MODEL or MODEL"),
     ("--expert es=x", "two experts are named 'es'"),
+    ("--method ties --group encoder:rank_ratio=0.2", "the group encoder: ties has no rank_ratio, so it would change"),
     ("--recipe nowhere.yaml", "the recipe nowhere.yaml cannot be read (No such file or directory)"),
     ("--recipe nowhere.yaml --set density=1", "--recipe holds the method and all its settings"),
 ]
@@ -575,6 +576,8 @@ def test_wrong_accumulators(models: Models, tmp_path: Path, refused: Run) -> Non
     ]
     for arguments, message in cases:
         assert message in refused(*merge, *arguments)
+    line = refused(*merge, *out, "--scaling", "1e300")
+    assert "is changed already" not in line
     shutil.rmtree(place)
     line = refused(*merge, "--remove", "es")
     assert f"the expert 'es' is no longer at {place}; say where it is now with --remove es=MODEL" in line
@@ -585,6 +588,24 @@ def test_wrong_accumulators(models: Models, tmp_path: Path, refused: Run) -> Non
     assert "x.safetensors is no accumulator of version 1" in line
     (tmp_path / "x.safetensors").write_bytes(into.read_bytes()[:-1])
     assert "corrupt or cut off" in refused("merge", "--into", tmp_path / "x.safetensors", *merging(models, "es"))
+
+
+def test_an_accumulator_that_has_the_expert_though_the_model_cannot_be_written(
+    models: Models, tmp_path: Path, capfd: Capture
+) -> None:
+    into = tmp_path / "all.safetensors"
+    given = ["merge", "--into", into, *merging(models, "es"), "--scaling", "1e300", "--out", tmp_path / "out"]
+    assert lors(*given) == 2
+    assert f"{into} is changed already: next time give --out without --expert" in capfd.readouterr().err
+    assert lors("merge", "--into", into, "--out", tmp_path / "out", "--scaling", "1") == 0
+
+
+def test_an_expert_pruned_to_a_budget_is_not_of_these_settings(models: Models, tmp_path: Path, refused: Run) -> None:
+    file = tmp_path / "es.safetensors"
+    assert lors("prune", *merging(models, "es"), "--budget", "45kB", "--out", file) == 0
+    given = ["merge", "--base", models.base, "--expert", file, "--out", tmp_path / "out"]
+    assert "was pruned with other settings" in refused(*given, "--rank-ratio", "0.1", "--density", "0.1")
+    assert lors(*given) == 0
 
 
 def test_a_base_that_moved_is_asked_for(models: Models, tmp_path: Path, refused: Run) -> None:
@@ -654,8 +675,16 @@ def test_a_read_only_disk(models: Models, disk: Callable[..., Path], refused: Ru
         expert, out = ("es", "out.safetensors") if command == "prune" else ("es_file", "out")
         line = refused(command, *merging(models, expert), "--out", folder / out)
         assert f"cannot write {folder / out} (Read-only file system); choose a place" in line
-    line = refused("merge", "--into", folder / "all.safetensors", *merging(models, "es"))
-    assert "all.safetensors (Read-only file system)" in line
+    for options in ([], ["--method", "ties", "--prune", "lors"]):
+        line = refused("merge", "--into", folder / "all.safetensors", *merging(models, "es"), *options)
+        assert "all.safetensors (Read-only file system)" in line
+
+
+def test_a_disk_of_its_own_as_the_output(models: Models, disk: Callable[..., Path], refused: Run) -> None:
+    folder = disk("-t", "tmpfs", "tmpfs")
+    for command in ("merge", "apply", "export-lora", "diagnose"):
+        line = refused(command, *merging(models, "es_file"), "--out", folder)
+        assert f"{folder} is a disk of its own, which no folder can be renamed to; name a folder inside it" in line
 
 
 # Being stopped, and what is seen meanwhile

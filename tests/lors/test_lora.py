@@ -76,6 +76,10 @@ def test_says_what_is_left_out(tiny_whisper_folder, tmp_path):
     config = json.loads((tmp_path / "low" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] == export.modules
     assert export.bytes > 0
+    untied = Checkpoint(tiny_whisper_folder(tied=False))
+    export_lora(untied, compact(untied, tmp_path / "untied.safetensors"), tmp_path / "untied")
+    told = ["merge_and_unload" in (tmp_path / name / "README.md").read_text() for name in ("additive", "untied")]
+    assert told == [True, False]
 
 
 @pytest.mark.parametrize("composition", ["sparse", "sequential"])

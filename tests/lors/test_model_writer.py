@@ -87,7 +87,15 @@ def test_refuses_an_output_that_is_not_empty_or_cannot_be_made(tiny_whisper_fold
         write_model_folder(tmp_path / "full" / "file" / "out", base, tensors_of(base))
     (tmp_path / "empty").mkdir()
     write_model_folder(tmp_path / "empty", base, tensors_of(base))
-    assert everything_in(tmp_path) == ["empty", "full"]
+    for name in ("there", "not-yet"):
+        (tmp_path / f"to-{name}").symlink_to(tmp_path / name)
+    (tmp_path / "there").mkdir()
+    for name in ("there", "not-yet"):
+        write_model_folder(tmp_path / f"to-{name}", base, tensors_of(base))
+        assert "config.json" in everything_in(tmp_path / name)
+    assert everything_in(tmp_path) == ["empty", "full", "not-yet", "there", "to-not-yet", "to-there"]
+    with pytest.raises(InputError, match="is no name that can be printed"):
+        write_model_folder(tmp_path / os.fsdecode(b"m\xff"), base, tensors_of(base))
 
 
 def test_refuses_values_that_overflow_the_base_dtype(tensor_folder, tmp_path):

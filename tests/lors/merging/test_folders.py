@@ -143,3 +143,12 @@ def test_refuses(models, tmp_path, tiny_whisper_folder):
     with pytest.raises(InputError, match="was pruned with other settings"):
         merge_folders(models["fr"], {"es": file}, out, recipe, refuse_other_pruning=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["es.safetensors"]
+
+
+def test_a_base_that_is_not_finite_is_named_where_it_is_left_out(tensor_folder, tmp_path):
+    tensors = {"model.encoder.a": torch.tensor([1.0, torch.inf]), "model.decoder.a": torch.ones(2)}
+    base = tensor_folder("base", tensors)
+    es = tensor_folder("es", {name: torch.zeros(2) for name in tensors})
+    recipe = make_recipe("task_arithmetic", groups={"encoder": {"exclude": True}})
+    with pytest.raises(CheckpointError, match=r"the tensor model.encoder.a holds NaN or infinity; use a checkpoint"):
+        merge_folders(base, {"es": es}, tmp_path / "out", recipe)
