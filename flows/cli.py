@@ -126,8 +126,10 @@ def _parser() -> argparse.ArgumentParser:
         "sweep",
         _sweep,
         "Run an experiment once for every combination of some settings; what they have in common is computed once.",
-        "lors sweep deployments/demo.yaml --grid prune.rank_ratio=0.02,0.05,0.1 --grid prune.density=0.05,0.1",
-        "lors sweep deployments/demo.yaml --grid prune.composition=additive,sequential --set 'seeds=[0, 1, 2]'",
+        "lors sweep deployments/demo.yaml --grid prune.rank_ratio=0.05,0.1 --grid prune.density=0.05,0.1 "
+        "--set output=outputs/grid",
+        "lors sweep deployments/demo.yaml --grid prune.composition=additive,sequential --set 'seeds=[0, 1, 2]' "
+        "--set output=outputs/seeds",
     )
     add_experiment(sweep)
     add_grid(sweep, required=True)
@@ -311,11 +313,12 @@ def _under_prefect(
     variants: Sequence[Variant], output: Path, flow: Callable[[], dict[str, Any]]
 ) -> tuple[dict[str, Any], int]:
     """What a flow returns, run with progress; and how many steps there are."""
-    from lors.outputs import require_writable
+    from lors.outputs import require_no_run, require_writable
     from lors.s3_store import open_store
     from lors.steps import plan
     from lors.sweep import build_variants
 
+    require_no_run(variants, output)
     store = open_store(variants[0].experiment.store)
     for folder in (output, store.root):
         require_writable(folder)

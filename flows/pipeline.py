@@ -30,7 +30,7 @@ from lors.errors import InputError, LorsError, StepFailedError, WorseError
 from lors.isolate import Slots
 from lors.lease import hold
 from lors.network import lost_connection
-from lors.outputs import publish, publish_sweep, require_writable, touch_up_advice
+from lors.outputs import publish, publish_sweep, require_no_run, require_writable, touch_up_advice
 from lors.pipeline import Sources, keep_base_step, sources_of
 from lors.report import write_report
 from lors.resources import shares
@@ -376,6 +376,7 @@ def _raise_first_failure(futures: Futures) -> None:
 def _run_and_publish(
     variants: Sequence[Variant], output: Path, runtime: Runtime, *, models: bool = True, how: str = "run"
 ) -> dict[str, Any]:
+    require_no_run(variants, output)
     started, store = time.monotonic(), runtime.workspace.store
     steps, called = build_variants(variants, store)
     runtime.orders = _orders(variants, steps, called, runtime)

@@ -29,7 +29,7 @@ from lors.sweep import Variant, sweep_table
 from lors.training.settings import LOG
 from lors.versions import keep_current, record_current, swap_folder
 
-__all__ = ["publish", "publish_scores", "publish_sweep", "require_writable", "touch_up_advice"]
+__all__ = ["publish", "publish_scores", "publish_sweep", "require_no_run", "require_writable", "touch_up_advice"]
 
 _PACKAGES = tuple("lors torch transformers prefect datasets safetensors jiwer sacrebleu numpy scipy".split())
 
@@ -44,6 +44,17 @@ def require_writable(folder: Path) -> None:
         raise InputError(
             f"the folder {folder} cannot be written ({error.strerror}): choose another one or change its permissions"
         ) from error
+
+
+def require_no_run(variants: Sequence[Variant], output: Path) -> None:
+    """Raises InputError, before anything is computed, where the tables of several variants would replace those of a
+    run's one model in `output`, and the model would stay.
+    """
+    if variants[0].experiment.output != output and (output / "summary.json").is_file():
+        raise InputError(
+            f"the folder {output} holds a run of one model, whose tables a sweep or `seeds` would replace: name "
+            "another folder with --set output=FOLDER"
+        )
 
 
 def publish(

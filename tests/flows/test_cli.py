@@ -86,6 +86,17 @@ def test_a_folder_that_cannot_be_written(name: str, refused: Refused, tmp_path: 
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("command", [["run", "--set", "seeds=[0, 1]"], ["sweep", "--grid", "prune.density=0.1,0.2"]])
+def test_the_output_of_a_run_of_one_model_takes_no_sweep(command: list[str], refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text("{}")
+    name, *options = command
+    line = refused(name, written(tmp_path / "e.yaml", tiny(tmp_path)), *options)
+    assert f"the folder {tmp_path / 'out'} holds a run of one model" in line
+    assert "name another folder with --set output=FOLDER" in line
+    assert not (tmp_path / "store" / "entries").exists()
+
+
 @pytest.fixture
 def expert(tmp_path: Path) -> Path:
     """A copy of the starter with every tensor a little larger."""

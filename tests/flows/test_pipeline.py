@@ -226,6 +226,13 @@ def test_seeds_and_a_grid_share_what_they_can(done: Done) -> None:
     assert not (done.folder / "grid" / "density=0.1" / "model").exists()  # a sweep is for the numbers
     assert "density=0.05" in (done.folder / "grid" / "report.html").read_text()
 
+    results = (done.folder / "out" / "results.csv").read_bytes()
+    with pytest.raises(InputError, match="holds a run of one model"):
+        sweep(points, done.folder / "out")
+    with pytest.raises(InputError, match="holds a run of one model"):
+        full_pipeline(done.make(**alone, seeds=[0, 1]))
+    assert (done.folder / "out" / "results.csv").read_bytes() == results
+
 
 def test_a_training_is_seen_in_the_api(done: Done) -> None:
     query = {"artifacts": {"key": {"any_": ["fine-tune-es-transcribe-progress", "fine-tune-es-transcribe-loss"]}}}
