@@ -146,6 +146,7 @@ def publish_scores(
     summary = read_json(scores / "summary.json")
     with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
+        (output / "sweep.json").unlink(missing_ok=True)  # the report would be of the sweep that was here
         for name in artifacts["score systems"].files:
             if "/" in name:  # "hypotheses-/etc/x" would leave the folder; the step makes no folders
                 raise LorsError(

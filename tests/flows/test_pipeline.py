@@ -231,6 +231,8 @@ def test_seeds_and_a_grid_share_what_they_can(done: Done) -> None:
         sweep(points, done.folder / "out")
     with pytest.raises(InputError, match="holds a run of one model"):
         full_pipeline(done.make(**alone, seeds=[0, 1]))
+    full_pipeline(done.make(**alone, output=str(done.folder / "grid")))
+    assert "density=0.05" not in (done.folder / "grid" / "report.html").read_text()
     assert (done.folder / "out" / "results.csv").read_bytes() == results
 
 
