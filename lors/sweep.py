@@ -5,6 +5,7 @@ What variants have in common is one step, so a grid over `prune` trains nothing 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -41,12 +42,16 @@ class Variant(Section):
     @property
     def folder(self) -> str:
         """Its results, under the output of the whole."""
-        return re.sub(r"[^\w.=-]+", "_", self.name)
+        return _folder(self.name)
 
     @property
     def columns(self) -> dict[str, Any]:
         """What tells its rows from the others': the changed settings and the seed."""
         return {**self.changes, **({} if self.seed is None else {"seed": self.seed})}
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"[^\w.=-]+", "_", name)
 
 
 def parse_grid(given: Iterable[str]) -> dict[str, list[Any]]:
@@ -75,12 +80,17 @@ def variants(file: Path, changes: Sequence[str], grid: Mapping[str, Sequence[Any
     """Every combination of the grid's values, in its order, each once for every seed; raises ConfigError."""
     short = {key: key.rpartition(".")[2] for key in grid}
     names = {key: last if [*short.values()].count(last) == 1 else key for key, last in short.items()}
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    named = [" ".join(f"{names[key]}={_shown(value)}" for key, value in point.items()) for point in points]
+    folders = [_folder(name) for name in named]
     found: list[Variant] = []
-    for values in itertools.product(*grid.values()):
-        point = dict(zip(grid, values, strict=True))
-        own = [*changes, *(f"{key}={json.dumps(value)}" for key, value in point.items())]
-        name = " ".join(f"{names[key]}={_shown(value)}" for key, value in point.items())
-        found += seed_variants(load_experiment(file, own), name, point)
+    for point, name, folder in zip(points, named, folders, strict=True):
+        experiment = load_experiment(file, [*changes, *(f"{key}={json.dumps(value)}" for key, value in point.items())])
+        if experiment.seeds is not None and "finetune.seed" in grid:
+            raise ConfigError("--grid finetune.seed and `seeds` both say the seed: leave one of them out")
+        if folders.count(folder) > 1:  # such as that of [] and ["*"]
+            name += f" {hashlib.sha256(json.dumps(point).encode()).hexdigest()[:8]}"
+        found += seed_variants(experiment, name, point)
     return found
 
 

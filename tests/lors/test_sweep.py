@@ -43,6 +43,23 @@ def test_lists_and_alike_names_are_told_apart(file: Path) -> None:
     assert names == ["prune.density=0.1 merge.groups.encoder.density=0.2"]
 
 
+def test_points_that_are_spelt_alike_have_names_and_folders_of_their_own(file: Path) -> None:
+    found = variants(file, ["seeds=[0, 1]"], parse_grid(['prune.exclude=[],["*"],["a"]', "prune.rank_ratio=0.1"]))
+    assert len({variant.name for variant in found}) == len({variant.folder for variant in found}) == 6
+    assert len({variant.experiment.output for variant in found}) == 6
+    assert found[4].folder == "exclude=_a_rank_ratio=0.1_seed=0"  # nothing is added where none is alike
+    again = variants(file, [], parse_grid(['prune.exclude=["*"],[]', "prune.rank_ratio=0.1"]))
+    assert f"{again[1].folder}_seed=0" == found[0].folder
+    assert len({variant.name for variant in variants(file, [], parse_grid(['evaluate.batch_seconds=20,"20"']))}) == 2
+
+
+def test_one_seed_is_said_once(file: Path) -> None:
+    grid = parse_grid(["finetune.seed=5,6"])
+    assert [variant.experiment.finetune.seed for variant in variants(file, [], grid)] == [5, 6]
+    with pytest.raises(ConfigError, match=r"--grid finetune\.seed and `seeds` both say the seed"):
+        variants(file, ["seeds=[0, 1]"], grid)
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
