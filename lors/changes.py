@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
 from lors.config import Experiment, load_experiment, parse_experiment
 from lors.errors import ConfigError, InputError
@@ -51,6 +53,7 @@ def with_language(file: Path, language: str, corpora: Mapping[str, Any] | None =
     before, data = _read(file)
     if language in before.languages:
         raise ConfigError(f"{file} has the language {language} already: `lors run {file}` trains what is missing of it")
+    language = _quoted(language)
     data["languages"].append(language)
     if "sequence" in data and data["sequence"] is not None:
         data["sequence"].append(language)
@@ -63,7 +66,7 @@ def with_language(file: Path, language: str, corpora: Mapping[str, Any] | None =
     if language in guards:
         guards.remove(language)
     if corpora is not None:
-        data.setdefault("corpora_of", {})[language] = dict(corpora)
+        data.setdefault("corpora_of", {})[language] = _quoted(corpora)
     return _change(file, before, data)
 
 
@@ -100,22 +103,34 @@ def _read(file: Path) -> tuple[Experiment, Any]:
         raise InputError(
             f"{before.output} has no model that a new one could be compared with: `lors run {file}` makes it"
         )
-    return before, _yaml().load(file.read_text("utf-8"))
+    return before, _editor().load(file.read_text("utf-8"))
 
 
 def _change(file: Path, before: Experiment, data: Any) -> Change:
     text = io.StringIO()
-    _yaml().dump(data, text)
-    after = parse_experiment(YAML(typ="safe").load(text.getvalue()), f"{file} with the change")
+    _editor().dump(data, text)
+    after = parse_experiment(yaml.safe_load(text.getvalue()), f"{file} with the change")
     kept = tuple(name for name in before.spoken if name in after.spoken)
     return Change(file, after, text.getvalue(), kept)
 
 
-def _yaml() -> YAML:
-    yaml = YAML()  # keeps comments, quotes and order
-    yaml.width = 120
-    yaml.preserve_quotes = True
-    return yaml
+def _editor() -> YAML:
+    editor = YAML()  # keeps comments, quotes and order
+    editor.width = 120
+    editor.preserve_quotes = True
+    return editor
+
+
+def _quoted(value: Any) -> Any:
+    """The value with its texts in quotes where experiments are read (YAML 1.1) as something else, such as `no`; the
+    editor writes YAML 1.2.
+    """
+    if isinstance(value, Mapping):
+        return {_quoted(key): _quoted(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_quoted(inner) for inner in value]
+    needed = isinstance(value, str) and yaml.safe_dump(value).startswith("'")
+    return SingleQuotedScalarString(value) if needed else value
 
 
 def compare_outputs(before: Path, after: Path, languages: Collection[str], tolerance: float) -> tuple[str, list[str]]:

@@ -83,6 +83,19 @@ def test_a_language_may_have_speech_of_its_own(tmp_path: Path) -> None:
     assert change.kept == ("es", "fr", "it", "de")
 
 
+def test_what_yaml_reads_otherwise_is_put_in_quotes(tmp_path: Path) -> None:
+    file = experiment(tmp_path, TOUCHED_UP)
+    speech = {"source": "datasets", "path": "office/speech", "name": "no", "columns": {"text": "on"}}
+    change = with_language(file, "no", speech)
+    assert "languages: [es, fr, 'no'] # in the order of the table" in lines(change)
+    change.write()
+    assert load_experiment(file) == change.after
+    assert change.after.merge.added.languages == ("no",)
+    assert speech.items() <= change.after.speech_of("no").model_dump(exclude_unset=True).items()
+    without_language(file, "no").write()
+    assert load_experiment(file).languages == ("es", "fr")
+
+
 def test_a_language_less_takes_all_that_names_it(tmp_path: Path) -> None:
     change = without_language(experiment(tmp_path), "fr")
     assert change.after.languages == ("es",)
