@@ -195,20 +195,21 @@ def _run(options: argparse.Namespace) -> int:
     from lors.sweep import seed_variants
 
     experiment = _experiment(options)
-    variants = seed_variants(experiment)
 
     def flow() -> dict[str, Any]:
         from flows.pipeline import full_pipeline
 
-        result: dict[str, Any] = full_pipeline(experiment)
+        named = full_pipeline.with_options(flow_run_name=f"full-pipeline {experiment.output}")
+        result: dict[str, Any] = named(file=options.file, changes=tuple(options.set))
         return result
 
-    result, steps = _under_prefect(variants, experiment.output, flow)
+    result = _under_prefect(seed_variants(experiment), experiment.output, flow)
     if options.json:
         print(json.dumps(result, indent=2))
     else:
         print((experiment.output / "table.md").read_text("utf-8").strip())
-        print(f"\n{len(result['computed'])} steps computed, {steps - len(result['computed'])} cached.")
+        computed = len(result["computed"])
+        print(f"\n{computed} steps computed, {result['steps'] - computed} cached.")
         models = experiment.output / "model" if experiment.seeds is None else "a folder for each seed"
         print(f"The merged model is in {models}, all results in {experiment.output}, for people in report.html.")
         for advice in result["advice"]:
@@ -228,14 +229,14 @@ def _sweep(options: argparse.Namespace) -> int:
         result: dict[str, Any] = sweep(found, experiment.output)
         return result
 
-    result, steps = _under_prefect(found, experiment.output, flow)
+    result = _under_prefect(found, experiment.output, flow)
     if options.json:
         means = json.loads((experiment.output / "sweep.json").read_text("utf-8"))["means"]
         print(json.dumps({**result, "means": means}, indent=2))
     else:
         print((experiment.output / "table.md").read_text("utf-8").strip())
         computed = len(result["computed"])
-        print(f"\n{len(found)} variants: {computed} steps computed, {steps - computed} cached.")
+        print(f"\n{len(found)} variants: {computed} steps computed, {result['steps'] - computed} cached.")
         print(f"Each has a folder in {experiment.output}; results.csv and report.html there hold them side by side.")
     return 0
 
@@ -298,21 +299,19 @@ def _verdict(options: argparse.Namespace) -> dict[str, Any]:
 def _changed(options: argparse.Namespace, after: Experiment, flow: Callable[[], dict[str, Any]]) -> int:
     from lors.sweep import seed_variants
 
-    result, steps = _under_prefect(seed_variants(after), after.output, flow)
+    result = _under_prefect(seed_variants(after), after.output, flow)
     if options.json:
         print(json.dumps(result, indent=2))
     else:
         print(f"{result['table']}\n\n{(after.output / 'table.md').read_text('utf-8').strip()}")
         computed, languages = len(result["computed"]), ", ".join(after.languages)
-        print(f"\n{computed} of {steps} steps computed; {options.file} now has {languages}.")
+        print(f"\n{computed} of {result['steps']} steps computed; {options.file} now has {languages}.")
         print(f"The merged model is in {after.output / 'model'}; `lors history {after.output}` lists those before it.")
     return 0
 
 
-def _under_prefect(
-    variants: Sequence[Variant], output: Path, flow: Callable[[], dict[str, Any]]
-) -> tuple[dict[str, Any], int]:
-    """What a flow returns, run with progress; and how many steps there are."""
+def _under_prefect(variants: Sequence[Variant], output: Path, flow: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a flow returns, run with progress."""
     from lors.outputs import require_no_run, require_writable
     from lors.s3_store import open_store
     from lors.steps import plan
@@ -340,7 +339,7 @@ def _under_prefect(
         progress.say(f"Prefect's API is there after {time.monotonic() - started:.1f} s")
         LISTENERS.append(progress)
         try:
-            return outlast(flow, progress.say), len(planned)
+            return outlast(flow, progress.say)
         finally:
             LISTENERS.remove(progress)
             gc.freeze()  # or Python walks all of Prefect's objects several times as it ends, for more than a second

@@ -74,7 +74,10 @@ def _run_name() -> str:
 
 @_flow(name="full-pipeline", flow_run_name=_run_name)
 def full_pipeline(
-    experiment: Experiment | None = None, file: Path | None = None, dispatch: Place | None = None
+    experiment: Experiment | None = None,
+    file: Path | None = None,
+    dispatch: Place | None = None,
+    changes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Data, experts, task vectors, pruning, merging, evaluation: computes what is not in the store yet.
 
@@ -82,10 +85,11 @@ def full_pipeline(
         experiment: The experiment itself, in place of a file.
         file: The experiment's YAML file, as the worker sees it.
         dispatch: Where models are trained, in place of what the experiment says.
+        changes: Settings in place of the file's, such as prune.rank_ratio=0.2.
     """
-    before = _given(experiment, file)
+    before = _given(experiment, file, changes)
     with _runtime(before, before.output) as runtime:
-        now = _on(_given(experiment, file), dispatch)  # who had the output before may have changed the file
+        now = _on(_given(experiment, file, changes), dispatch)  # who had the output before may have changed the file
         return _run_and_publish(seed_variants(now), now.output, runtime)
 
 
@@ -244,11 +248,13 @@ def _on(experiment: Experiment, place: Place | None) -> Experiment:
     return experiment if place is None else experiment.model_copy(update={"dispatch": place})
 
 
-def _given(experiment: Experiment | None, file: Path | None) -> Experiment:
+def _given(experiment: Experiment | None, file: Path | None, changes: Sequence[str] = ()) -> Experiment:
     if (experiment is None) == (file is None):
         raise InputError("give the flow either an experiment or the file of one")
     if file is not None:
-        return load_experiment(file)
+        return load_experiment(file, changes)
+    if changes:
+        raise InputError("the flow's `changes` are of a file's settings: put them into the experiment itself")
     assert experiment is not None
     return experiment
 
@@ -403,5 +409,6 @@ def _run_and_publish(
         "output": str(output),
         "systems": summaries[0]["systems"],
         "computed": sorted(runtime.computed),
+        "steps": len(steps),
         "advice": advice,
     }

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -62,6 +67,8 @@ def test_a_flow_wants_an_experiment_or_its_file(done: Done) -> None:
     for arguments in ({}, {"experiment": done.make(), "file": done.folder / "changed.yaml"}):
         with pytest.raises(InputError, match="either an experiment or the file of one"):
             full_pipeline(**arguments)
+    with pytest.raises(InputError, match="`changes` are of a file's settings"):
+        full_pipeline(done.make(), changes=("diagnose=false",))
 
 
 def test_who_waits_for_an_output_reads_the_file_when_it_is_his_turn(done: Done) -> None:
@@ -85,3 +92,20 @@ def test_who_waits_for_an_output_reads_the_file_when_it_is_his_turn(done: Done) 
     summary = json.loads((done.folder / "out" / "summary.json").read_text())
     assert summary["experiment"]["diagnose"] is False
     full_pipeline(done.make())
+
+
+def test_so_does_the_command(done: Done) -> None:
+    file, out = done.folder / "command.yaml", done.folder / "command"
+    settings = tiny(done.folder, merge={"scaling": 0.3}, output=str(out))
+    written(file, settings | {"languages": ["es"]})
+    command = [sys.executable, "-m", "flows.cli", "run", str(file), "--set", "diagnose=false"]
+    with hold(out / ".lock", "the output"), (done.folder / "said").open("w+") as said:
+        run = subprocess.Popen(command, env=os.environ | {"PREFECT_API_URL": done.api}, stdout=PIPE, stderr=said)
+        assert within(120, lambda: "Waiting for the output " in (done.folder / "said").read_text() or run.poll())
+        written(file, settings)
+    printed = run.communicate(timeout=120)[0].decode()
+    assert run.returncode == 0
+    experiment = json.loads((out / "summary.json").read_text())["experiment"]
+    assert (experiment["languages"], experiment["diagnose"]) == (["es", "fr"], False)
+    assert "| es WER | fr WER |" in printed
+    assert re.search(r"^[0-9]+ steps computed, [0-9]+ cached[.]$", printed, re.MULTILINE)

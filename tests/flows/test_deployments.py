@@ -37,7 +37,7 @@ COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 WRITE_OUTPUTS = {"full-pipeline", "merge-and-evaluate", "add-language", "remove-language"}
 
 FIELDS = {
-    "full-pipeline": ["experiment", "file", "dispatch"],
+    "full-pipeline": ["experiment", "file", "dispatch", "changes"],
     "train-expert": ["language", "task", "experiment", "file", "sources"],
     "train-baselines": ["experiment", "sources"],
     "merge-and-evaluate": ["experiment", "file"],
