@@ -297,6 +297,7 @@ def _verdict(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _changed(options: argparse.Namespace, after: Experiment, flow: Callable[[], dict[str, Any]]) -> int:
+    from lors.config import load_experiment
     from lors.sweep import seed_variants
 
     result = _under_prefect(seed_variants(after), after.output, flow)
@@ -304,7 +305,7 @@ def _changed(options: argparse.Namespace, after: Experiment, flow: Callable[[], 
         print(json.dumps(result, indent=2))
     else:
         print(f"{result['table']}\n\n{(after.output / 'table.md').read_text('utf-8').strip()}")
-        computed, languages = len(result["computed"]), ", ".join(after.languages)
+        computed, languages = len(result["computed"]), ", ".join(load_experiment(options.file).languages)
         print(f"\n{computed} of {result['steps']} steps computed; {options.file} now has {languages}.")
         print(f"The merged model is in {after.output / 'model'}; `lors history {after.output}` lists those before it.")
     return 0

@@ -239,8 +239,15 @@ def _change(make: Callable[[], Change], how: str, tolerance: float, accept: bool
                 f"with --accept, or set another --tolerance; nothing is computed again.\n\n{table}"
             )
         result = _run_and_publish(seed_variants(experiment), experiment.output, runtime, how=how)
-        change.write()
         shutil.rmtree(trial, ignore_errors=True)
+        try:
+            make().write()  # the file as it is by now, with what was edited meanwhile
+        except InputError as error:
+            raise InputError(
+                f"{how}: {experiment.output} has the new model, but {change.file}, which was edited meanwhile, could "
+                f"not be changed: before it is run again, give it languages: [{', '.join(experiment.languages)}], as "
+                f"{experiment.output / 'experiment.yaml'} has it ({error})"
+            ) from error
     return {**result, "table": table, "worse": worse, "file": str(change.file)}
 
 

@@ -63,6 +63,31 @@ def test_a_language_comes_and_goes_and_no_model_is_lost(done: Done) -> None:
         assert "| it | WER |" in client.request("POST", "/artifacts/filter", json=query).text
 
 
+def test_what_is_edited_meanwhile_stays_and_what_cannot_be_changed_is_said(done: Done) -> None:
+    out, file = done.folder / "edited", done.folder / "edited.yaml"
+    settings = tiny(done.folder, output=str(out), merge={"scaling": 0.3})
+    written(file, settings)
+    full_pipeline(file=file)
+    edits = [lambda text: text.replace("scaling: 0.3", "scaling: 0.35 # edited"), lambda text: "languages: [\n"]
+
+    def edit(step: str, event: Mapping[str, Any]) -> None:
+        if step == "write lors" and event.get("finished"):
+            file.write_text(edits.pop(0)(file.read_text()))
+
+    LISTENERS.append(edit)
+    try:
+        remove_language(file, "fr", tolerance=1000)
+        assert "scaling: 0.35 # edited" in file.read_text()
+        assert load_experiment(file).languages == ("es",)
+        with pytest.raises(InputError, match=r"has the new model, but .* could not be changed") as error:
+            add_language(file, "fr", tolerance=1000)
+    finally:
+        LISTENERS.remove(edit)
+    assert "give it languages: [es, fr], as " in str(error.value)
+    assert file.read_text() == "languages: [\n"
+    assert [version["how"] for version in history(out)] == ["add-language fr", "remove-language fr", "run"]
+
+
 def test_a_flow_wants_an_experiment_or_its_file(done: Done) -> None:
     for arguments in ({}, {"experiment": done.make(), "file": done.folder / "changed.yaml"}):
         with pytest.raises(InputError, match="either an experiment or the file of one"):
