@@ -22,6 +22,7 @@ import yaml
 
 from lors.errors import CheckpointError, InputError
 from lors.files import file_digest, storage_errors, sync_to_disk, write_json
+from lors.lease import hold
 from lors.merging.settings import TOUCHED_UP
 from lors.settings import nearest
 
@@ -38,6 +39,8 @@ __all__ = [
 
 KEEP = 10
 """Versions kept beside the current one; older ones are removed."""
+_PATIENCE = 5.0
+"""Seconds that a rollback waits for a run to be done with the output."""
 
 _NAME = re.compile(r"v[1-9][0-9]{0,8}")
 # By name, since the output may also hold what is nobody's version: the store, the folders of a sweep's variants.
@@ -156,30 +159,36 @@ def rollback(output: Path, name: str) -> dict[str, Any]:
     """Put a kept version back as the current one, which is kept before; returns the new version.
 
     After a kill the same call goes on. Raises InputError: `output` is none of a run, there is no such version, it is
-    the current one, or what was kept of it is damaged; then nothing is changed.
+    the current one, or what was kept of it is damaged; LorsError: a run is writing it. Then nothing is changed.
     """
     with storage_errors(output):
-        current, known = _required(output), _kept(output)
-        if name not in known:
-            if name == current["name"]:
-                raise InputError(f"{name} is the current version of {output} already: give an earlier one's name")
-            raise InputError(
-                f"{output} keeps no version {name!r}{nearest(name, known)}: `lors history {output}` lists those it has"
-            )
-        kept = output / "versions" / name
-        wanted, model = _checked(output, name), _kept_version(output, name)["model"]
-        keep_current(output, model)
-        partial = output / ".model.partial"
-        _clear(partial)
-        for file in wanted:
-            if file.startswith("model/"):
-                _put(kept / file, partial / file.removeprefix("model/"))
-            elif file not in (_SUMMARY, _VERSION):
-                _put(kept / file, output / file)
-        swap_folder(partial, output / "model")
-        _remove_others(output, wanted)
-        _put(kept / _SUMMARY, output / _SUMMARY)
-        return record_current(output, f"rollback to {name}")
+        _required(output)  # before the lock makes the folder
+        with hold(output / ".lock", f"the output {output}", timeout=_PATIENCE):
+            return _rollback(output, name)
+
+
+def _rollback(output: Path, name: str) -> dict[str, Any]:
+    current, known = _required(output), _kept(output)
+    if name not in known:
+        if name == current["name"]:
+            raise InputError(f"{name} is the current version of {output} already: give an earlier one's name")
+        raise InputError(
+            f"{output} keeps no version {name!r}{nearest(name, known)}: `lors history {output}` lists those it has"
+        )
+    kept = output / "versions" / name
+    wanted, model = _checked(output, name), _kept_version(output, name)["model"]
+    keep_current(output, model)
+    partial = output / ".model.partial"
+    _clear(partial)
+    for file in wanted:
+        if file.startswith("model/"):
+            _put(kept / file, partial / file.removeprefix("model/"))
+        elif file not in (_SUMMARY, _VERSION):
+            _put(kept / file, output / file)
+    swap_folder(partial, output / "model")
+    _remove_others(output, wanted)
+    _put(kept / _SUMMARY, output / _SUMMARY)
+    return record_current(output, f"rollback to {name}")
 
 
 def swap_folder(partial: Path, folder: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from lors import versions
 from lors.errors import CheckpointError, InputError, LorsError
+from lors.lease import hold
 from lors.versions import describe, history, keep_current, record_current, rollback, swap_folder
 
 _UNFINISHED = ".version.json."  # what a kill leaves of an atomic write
@@ -79,7 +80,8 @@ def model_of(folder: Path) -> str:
 
 
 def files_of(folder: Path, *, but: tuple[str, ...] = ("version.json", "files.json")) -> dict[str, bytes]:
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    found = {path.relative_to(folder).as_posix(): path for path in files}
     return {
         n: p.read_bytes() for n, p in found.items() if not n.startswith(("versions/", _UNFINISHED)) and n not in but
     }
@@ -228,7 +230,7 @@ def test_a_rollback_brings_every_file_back_and_is_a_version(output: Path) -> Non
     rollback(output, "v2")
     assert files_of(output) == second
     assert [version["name"] for version in history(output)] == ["v4", "v3", "v2", "v1"]
-    assert list(output.rglob(".*")) == []
+    assert [path.name for path in output.rglob(".*")] == [".lock"]
 
 
 def test_a_run_after_a_rollback_leaves_what_is_kept_alone(output: Path) -> None:
@@ -248,6 +250,18 @@ def test_a_rollback_to_the_model_that_is_there_makes_no_version(output: Path) ->
     publish(output, "bbbb")
     assert rollback(output, "v1") == rollback(output, "v1")
     assert [version["name"] for version in history(output)] == ["v3", "v2", "v1"]
+
+
+def test_a_rollback_waits_a_moment_for_a_run_and_says_whose(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "_PATIENCE", 0.2)
+    publish(output, "bbbb")
+    with (
+        hold(output / ".lock", "the output"),
+        pytest.raises(LorsError, match=f"Process {os.getpid()} on .* was still making the output {output} after 0.2 s"),
+    ):
+        rollback(output, "v1")
+    assert model_of(output) == "bbbb"
+    assert rollback(output, "v1")["name"] == "v3"
 
 
 def test_what_is_no_part_of_a_version_stays(output: Path) -> None:
@@ -404,4 +418,4 @@ def test_a_rollback_killed_anywhere_goes_on(output: Path, monkeypatch: pytest.Mo
         assert files_of(killed) == first, number
         assert names(killed) == expected, number
         assert files_of(killed / "versions" / "v2") == second, number
-        assert [path for path in killed.rglob(".*") if not path.name.startswith(_UNFINISHED)] == [], number
+        assert {path.name for path in killed.rglob(".*") if not path.name.startswith(_UNFINISHED)} == {".lock"}, number
