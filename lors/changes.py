@@ -99,6 +99,11 @@ def without_language(file: Path, language: str) -> Change:
 
 def _read(file: Path) -> tuple[Experiment, Any]:
     before = load_experiment(file)
+    if before.seeds is not None:
+        raise ConfigError(
+            f"{file} has `seeds`, a model for each, and one model alone is compared and replaced: change its "
+            f"`languages` and `lors run {file}`"
+        )
     if not (before.output / "summary.json").is_file():
         raise InputError(
             f"{before.output} has no model that a new one could be compared with: `lors run {file}` makes it"
@@ -155,18 +160,12 @@ def compare_outputs(before: Path, after: Path, languages: Collection[str], toler
 
 
 def _scores(output: Path) -> dict[tuple[str, str], float]:
-    """The merged system's value by (language, metric), means over the seeds where there are several."""
+    """The merged system's value by (language, metric)."""
     from lors.model_folder import read_json
     from lors.scoring.files import load_results
     from lors.scoring.results import main_rows
 
-    folders = (
-        [output] if (output / "summary.json").is_file() else sorted(p.parent for p in output.glob("*/summary.json"))
-    )
-    found: dict[tuple[str, str], list[float]] = {}
-    for folder in folders:
-        product = product_of(read_json(folder / "summary.json"))["system"]
-        rows = main_rows(load_results(folder))
-        for row in rows[rows.system == product].to_dict("records"):
-            found.setdefault((row["language"], row["metric"]), []).append(float(row["value"]))
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    product = product_of(read_json(output / "summary.json"))["system"]
+    rows = main_rows(load_results(output))
+    found = rows[rows.system == product].to_dict("records")
+    return {(row["language"], row["metric"]): float(row["value"]) for row in found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -140,6 +141,14 @@ def test_there_must_be_a_model_to_compare_with(tmp_path: Path) -> None:
         with_language(file, "it")
 
 
+@pytest.mark.parametrize("change", [with_language, without_language])
+def test_the_models_of_several_seeds_are_no_one_model(change: Callable[..., Change], tmp_path: Path) -> None:
+    file = experiment(tmp_path, TEXT + "seeds: [0, 1]\n")
+    (tmp_path / "out" / "summary.json").unlink()
+    with pytest.raises(ConfigError, match=r"has `seeds`, a model for each, .*: change its `languages` and `lors run"):
+        change(file, "fr" if change is without_language else "it")
+
+
 def output(folder: Path, scores: dict[tuple[str, str], float]) -> Path:
     rows = [
         {
@@ -172,12 +181,3 @@ def test_worse_is_more_errors_or_less_bleu_beyond_the_tolerance(tmp_path: Path) 
     assert "| it | WER |  | 90.0 |  |  |" in table
     assert compare_outputs(before, after, ("es", "fr"), 2.0)[1] == []
     assert compare_outputs(before, after, ("es",), 1.0)[1] == ["es BLEU"]
-
-
-def test_several_seeds_are_compared_by_their_means(tmp_path: Path) -> None:
-    for seed, value in enumerate((10.0, 20.0)):
-        output(tmp_path / "a" / f"seed={seed}", {("es", "wer"): value})
-        output(tmp_path / "b" / f"seed={seed}", {("es", "wer"): value + 2})
-    table, worse = compare_outputs(tmp_path / "a", tmp_path / "b", ("es",), 1.0)
-    assert "| es | WER | 15.0 | 17.0 | +2.0 | worse |" in table
-    assert worse == ["es WER"]
