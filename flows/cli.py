@@ -256,8 +256,13 @@ def _add_language(options: argparse.Namespace) -> int:
 
     try:
         corpora = None if options.corpora is None else yaml.safe_load(options.corpora)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--corpora {options.corpora!r} is not valid YAML") from error
+    if options.corpora is not None and not isinstance(corpora, dict):
+        raise InputError(
+            f"--corpora {options.corpora!r} is no mapping: say where the speech is as in "
+            "'{source: folder, path: data/it}'"
+        )
     change = with_language(options.file, options.language, corpora, options.afresh)
     if options.on is not None:
         change = replace(change, after=change.after.model_copy(update={"dispatch": options.on}))

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
 from lors.config import Experiment, load_experiment, parse_experiment
@@ -108,7 +109,13 @@ def _read(file: Path) -> tuple[Experiment, Any]:
         raise InputError(
             f"{before.output} has no model that a new one could be compared with: `lors run {file}` makes it"
         )
-    return before, _editor().load(file.read_text("utf-8"))
+    try:
+        return before, _editor().load(file.read_text("utf-8"))
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1
+        raise ConfigError(
+            f"{file} has the key of its line {line} twice, of which the last is read: leave one"
+        ) from None
 
 
 def _change(file: Path, before: Experiment, data: Any) -> Change:

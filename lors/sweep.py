@@ -63,9 +63,14 @@ def parse_grid(given: Iterable[str]) -> dict[str, list[Any]]:
             raise ConfigError(f"--grid {text!r} is not key=value,value, such as prune.rank_ratio=0.05,0.1")
         try:
             values = yaml.safe_load(f"[{listed}]")
-        except yaml.YAMLError as error:
+            shown = [json.dumps(value) for value in values]
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the 13th month
             raise ConfigError(f"--grid {text!r}: the values are not valid YAML") from error
-        shown = [json.dumps(value) for value in values]
+        except TypeError as error:
+            raise ConfigError(
+                f"--grid {text!r}: YAML reads a value as a date or the like, which no setting is: correct it, or put "
+                "it in quotes"
+            ) from error
         if twice := [value for value in shown if shown.count(value) > 1]:
             raise ConfigError(f"--grid {key.strip()} has {twice[0]} twice: give each value once")
         if key.strip() in grid:

@@ -70,8 +70,12 @@ def test_a_wrong_file_or_setting(refused: Refused, tmp_path: Path) -> None:
     assert "prune.rank_ratio should be greater than 0, not 0" in refused("plan", file, "--set", "prune.rank_ratio=0")
     assert "is not key=value" in refused("plan", file, "--set", "prune.rank_ratio")
     assert "nowhere.yaml does not exist: check the path" in refused("run", tmp_path / "nowhere.yaml")
-    file.write_text("base: [")
-    assert "is not valid YAML" in refused("run", file)
+    assert "the value is not valid YAML" in refused("plan", file, "--set", "prune.rank_ratio=2020-13-01")
+    line = refused("add-language", file, "it", "--corpora", "data/it")
+    assert "--corpora 'data/it' is no mapping: say where the speech is as in '{source: folder, path: data/it}'" in line
+    for text in ("base: [", "output: 2020-13-01"):
+        file.write_text(text)
+        assert "is not valid YAML" in refused("run", file)
     assert "invalid choice: 'rum'" in refused("rum", file)
     assert "--set" in refused("run", file, "--set")
 

@@ -66,6 +66,8 @@ def test_one_seed_is_said_once(file: Path) -> None:
         (["prune.density"], "is not key=value,value"),
         (["prune.density="], "is not key=value,value"),
         (["prune.density=[0.1"], "the values are not valid YAML"),
+        (["prune.density=2020-13-01"], "the values are not valid YAML"),
+        (["prune.density=2020-01-01,0.1"], "YAML reads a value as a date or the like"),
         (["prune.density=0.1,0.1"], r"has 0\.1 twice"),
         (["prune.density=0.1", "prune.density=0.2"], "is given twice"),
         (["output=a,b"], "is of the whole sweep: change it with --set"),
