@@ -30,7 +30,7 @@ VERSIONS = {
     "add_task_vectors": 1,
     "evaluate_model": 2,
     "score_comet": 1,
-    "score_systems": 4,
+    "score_systems": 5,
     "diagnose_experts": 1,
 }
 """Raised when the same settings and inputs would give another result."""

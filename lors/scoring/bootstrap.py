@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,47 +41,70 @@ def percent(sums: Array) -> Array:
     return 100 * sums[:, 0] / np.maximum(sums[:, 1], 1)
 
 
+@dataclass(frozen=True, slots=True)
 class Blocks:
-    """What is resampled: speakers where every utterance has one and there are at least 10, else utterances.
+    """What is resampled: speakers where every utterance has one and there are at least 10, else utterances."""
 
-    Raises InputError where `speakers` (n,) are not `n`.
-    """
+    unit: str
+    of: NDArray[np.intp]
+    """(n,), the block of each utterance."""
+    drawn: int
+    """b, of all blocks of the language; one task may have utterances of some only."""
 
-    def __init__(self, n: int, speakers: Sequence[str | None] | None) -> None:
-        self.unit, self.of, self.count = "utterance", np.arange(n), n
-        if speakers is not None:
-            if len(speakers) != n:
-                raise InputError(
-                    f"There are {len(speakers)} speakers for {n} utterances; give one speaker an utterance."
-                )
-            names = {name for name in speakers if isinstance(name, str)}
-            if all(isinstance(name, str) for name in speakers) and len(names) >= _FEWEST_SPEAKERS:
-                number = {name: i for i, name in enumerate(sorted(names))}
-                own = np.array([number[str(name)] for name in speakers], dtype=np.intp)
-                self.unit, self.of, self.count = "speaker", own, len(names)
+    @property
+    def count(self) -> int:
+        """The blocks that have utterances here."""
+        return len(np.unique(self.of))
+
+    @classmethod
+    def of_utterances(cls, n: int, speakers: Sequence[str | None] | None) -> Blocks:
+        """The blocks of one list; raises InputError where `speakers` (n,) are not `n`."""
+        if speakers is None:
+            speakers = [None] * n
+        if len(speakers) != n:
+            raise InputError(f"There are {len(speakers)} speakers for {n} utterances; give one speaker an utterance.")
+        return cls.of_tasks([range(n)], [speakers])[0]
+
+    @classmethod
+    def of_tasks(cls, ids: Sequence[Sequence[Any]], speakers: Sequence[Sequence[str | None]]) -> list[Blocks]:
+        """The blocks of each task of a language, (n,) ids and speakers each, numbered over all the tasks: so they meet
+        the same draws also where one lacks utterances. Speakers are blocks where they can be in every task.
+        """
+        by_speaker = all(_can_be_blocks(own) for own in speakers)
+        labels: Sequence[Sequence[Any]] = speakers if by_speaker else ids
+        number = {label: i for i, label in enumerate(sorted({label for own in labels for label in own}))}
+        unit = "speaker" if by_speaker else "utterance"
+        return [cls(unit, np.array([number[label] for label in own], dtype=np.intp), len(number)) for own in labels]
+
+
+def _can_be_blocks(speakers: Sequence[str | None]) -> bool:
+    return all(isinstance(name, str) for name in speakers) and len({*speakers}) >= _FEWEST_SPEAKERS
 
 
 def resample(systems: Sequence[Statistics], blocks: Blocks, resamples: int, seed: int, language: str) -> list[Array]:
-    """The scores (s,) of every system on the same resamples: b blocks drawn with replacement, as often as there are.
+    """The scores (s,) of every system on the same resamples: b blocks drawn with replacement, as often as there are;
+    NaN where no utterance of this task was drawn.
 
-    Both tasks of a language meet the same draws, since they share its utterances; other languages meet others.
+    Tasks of a language that share their blocks (`Blocks.of_tasks`) meet the same draws; other languages meet others.
     """
     if resamples < 1:
         raise InputError(f"An interval cannot come from {resamples} resamples; give 1 or more.")
     sums = []
     for system in systems:
-        by_block = np.zeros((blocks.count, system.rows.shape[1]))
+        by_block = np.zeros((blocks.drawn, system.rows.shape[1]))
         np.add.at(by_block, blocks.of, system.rows)
         sums.append(by_block)
     generator = np.random.default_rng([seed, *language.encode()])
-    at_once = max(1, _DRAWS_AT_ONCE // blocks.count)
+    at_once = max(1, _DRAWS_AT_ONCE // blocks.drawn)
     scores: list[list[Array]] = [[] for _ in systems]
-    share = np.full(blocks.count, 1 / blocks.count)
+    share = np.full(blocks.drawn, 1 / blocks.drawn)
+    utterances = np.bincount(blocks.of, minlength=blocks.drawn)  # (b,)
     for start in range(0, resamples, at_once):
         size = min(at_once, resamples - start)
-        draws = generator.multinomial(blocks.count, share, size=size).astype(np.float64)  # (s, b)
+        draws = generator.multinomial(blocks.drawn, share, size=size).astype(np.float64)  # (s, b)
+        met = draws @ utterances > 0
         for system, by_block, values in zip(systems, sums, scores, strict=True):
-            values.append(system.of_sums(draws @ by_block))
+            values.append(np.where(met, system.of_sums(draws @ by_block), np.nan))
     return [np.concatenate(values) for values in scores]
 
 

@@ -176,7 +176,7 @@ def score(
     are fine.
     """
     found = statistics(metric, references, hypotheses, language, normaliser)
-    blocks = Blocks(len(references), speakers)
+    blocks = Blocks.of_utterances(len(references), speakers)
     low, high = interval(resample([found], blocks, resamples, seed, language)[0], blocks)
     signature = full_signature(found, blocks, resamples, seed)
     return Score(metric, found.value, low, high, signature, len(references))
@@ -203,6 +203,6 @@ def difference(
     both systems on the same resamples). Arguments and errors as in `score`.
     """
     systems = [statistics(metric, references, texts, language, normaliser) for texts in (hypotheses_a, hypotheses_b)]
-    blocks = Blocks(len(references), speakers)
+    blocks = Blocks.of_utterances(len(references), speakers)
     a, b = resample(systems, blocks, resamples, seed, language)
     return Difference(systems[0].value - systems[1].value, *interval(a - b, blocks), p_value(a - b, blocks))

@@ -23,6 +23,7 @@ __all__ = [
     "Pair",
     "Part",
     "Values",
+    "blocks_of_parts",
     "headline",
     "main_rows",
     "order_of",
@@ -90,6 +91,22 @@ def parts_of(system: str, table: pd.DataFrame) -> dict[Part, pd.DataFrame]:
             )
         parts[language, task, split] = rows.sort_values("id")
     return {part: parts[part] for part in sorted(parts, key=order_of)}
+
+
+def blocks_of_parts(by_system: Mapping[str, Mapping[Part, pd.DataFrame]]) -> dict[Part, Blocks]:
+    """What is resampled of each part; the tasks of a language and split share it."""
+    first: dict[Part, pd.DataFrame] = {}
+    for parts in by_system.values():
+        first = {**parts, **first}
+    tasks: dict[Pair, list[Part]] = {}
+    for language, task, split in sorted(first, key=order_of):
+        tasks.setdefault((language, split), []).append((language, task, split))
+    found: dict[Part, Blocks] = {}
+    for own in tasks.values():
+        ids = [first[part]["id"].tolist() for part in own]
+        speakers = [texts(first[part], "speaker") for part in own]
+        found |= zip(own, Blocks.of_tasks(ids, speakers), strict=True)
+    return found
 
 
 def texts(rows: pd.DataFrame, column: str) -> list[Any]:
@@ -175,12 +192,13 @@ def score_tables(
     by_system = {system: parts_of(system, table) for system, table in tables.items()}
     _require_same_utterances(by_system)
     order = {system: place for place, system in enumerate(tables)}
+    all_blocks = blocks_of_parts(by_system)
     records: list[tuple[object, ...]] = []
     for part in sorted({part for parts in by_system.values() for part in parts}, key=order_of):
         language = part[0]
         rows = {system: parts[part] for system, parts in by_system.items() if part in parts}
         found = {system: _all_statistics(own, part, normaliser) for system, own in rows.items()}
-        blocks = Blocks(len(next(iter(rows.values()))), texts(next(iter(rows.values())), "speaker"))
+        blocks = all_blocks[part]
         flat = [(system, *key) for system, own in found.items() for key in own]
         own_statistics = [found[system][metric, form] for system, metric, form in flat]
         draws = dict(zip(flat, resample(own_statistics, blocks, resamples, seed, language), strict=True))

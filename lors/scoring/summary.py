@@ -20,6 +20,7 @@ from lors.scoring.results import (
     SWITCHED,
     Pair,
     Values,
+    blocks_of_parts,
     headline,
     pairs_of,
     parts_of,
@@ -36,12 +37,17 @@ class _Main:
     """The main metric of one language and task: every system on the same resamples."""
 
     def __init__(
-        self, pair: Pair, rows: Mapping[str, pd.DataFrame], normaliser: str, resamples: int, seed: int
+        self,
+        pair: Pair,
+        rows: Mapping[str, pd.DataFrame],
+        blocks: Blocks,
+        normaliser: str,
+        resamples: int,
+        seed: int,
     ) -> None:
         language, task = pair
         self.metric = main_metric(task, language)
-        first = next(iter(rows.values()))
-        self.blocks = Blocks(len(first), texts(first, "speaker"))
+        self.blocks = blocks
         found = {
             name: statistics(self.metric, texts(own, "reference"), texts(own, "hypothesis"), language, normaliser)
             for name, own in rows.items()
@@ -108,10 +114,12 @@ def summarise(
     split, values = headline(results)
     names = list(dict.fromkeys(results["system"]))
     parts = {name: parts_of(name, table) for name, table in tables.items()}
+    blocks = blocks_of_parts(parts)
     mains = {
         pair: _Main(
             pair,
             {name: own[*pair, split] for name, own in parts.items() if (*pair, split) in own},
+            blocks[*pair, split],
             normaliser,
             resamples,
             seed,

@@ -183,12 +183,12 @@ def test_input_errors_name_the_cause() -> None:
 
 
 def test_p_values_by_hand() -> None:
-    blocks = Blocks(5, None)
+    blocks = Blocks.of_utterances(5, None)
     differences = np.array([-2.0, -1.0, 0.0, *range(1, 97)])  # 3 of 99 on the rarer side, the 0 on both
     for values in (differences, -differences, np.append(differences, np.nan)):
         assert p_value(values, blocks) == pytest.approx(2 * (3 + 1) / (99 + 1))
     assert p_value(np.zeros(99), blocks) == 1
-    assert math.isnan(p_value(differences, Blocks(1, None)))
+    assert math.isnan(p_value(differences, Blocks.of_utterances(1, None)))
     assert math.isnan(p_value(np.full(3, np.nan), blocks))
     assert all(math.isnan(end) for end in interval(np.full(3, np.nan), blocks))
 

@@ -350,6 +350,44 @@ def test_speakers_are_the_blocks_of_every_number(tables: dict[str, pd.DataFrame]
     assert summarise(score_tables(shuffled), shuffled) == summarise(results, spoken)
 
 
+@pytest.mark.parametrize("speakers", [False, True])
+def test_missing_translations_keep_the_tasks_on_the_same_draws(speakers: bool) -> None:
+    """An utterance is as hard in both tasks; independent draws would make the mean's interval 1 / sqrt 2 as wide."""
+
+    def hypotheses(error: float, seed: int, missing: int) -> pd.DataFrame:
+        rows = table({ES: error, ES_EN: error}, n=100, seed=seed)
+        if speakers:
+            rows["speaker"] = [f"s{i % 100 // 5:02d}" for i in range(len(rows))]
+        return rows[: len(rows) - missing]
+
+    def width(missing: int) -> float:
+        systems = {
+            "base": hypotheses(0.6, 0, missing),
+            "experts": hypotheses(0.1, 0, missing),
+            "lors": hypotheses(0.3, 2, missing),
+        }
+        lors = summarise(score_tables(systems), systems)["systems"]["lors"]
+        return float(lors["recovery_high"] - lors["recovery_low"])
+
+    assert width(5) == pytest.approx(width(0), rel=0.1)
+
+
+def test_few_speakers_in_one_task_make_utterances_the_blocks_of_both() -> None:
+    rows = table({ES: 0.3, ES_EN: 0.3})
+    rows["speaker"] = [f"s{i % 40 % 10}" for i in range(len(rows))]
+    systems = {"base": rows[(rows["task"] == "transcribe") | (rows["speaker"] != "s9")]}
+    assert score_tables(systems)["signature"].str.endswith("|by:utterance").all()
+
+
+def test_resamples_without_any_utterance_of_a_task_count_for_nothing() -> None:
+    """Two of forty utterances have a translation; one resample in seven meets neither."""
+    systems = {"base": table({ES: 0.3, ES_EN: 0.3})[:42]}
+    found = score_tables(systems)
+    row = found[found["metric"] == "chrf"].iloc[0]
+    assert row["utterances"] == 2
+    assert row["low"] > 0
+
+
 def test_the_main_rows_are_one_a_system_language_and_task(results: pd.DataFrame) -> None:
     rows = main_rows(results)
     assert len(rows) == 4 * 3
