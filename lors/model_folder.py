@@ -21,6 +21,7 @@ __all__ = [
     "WEIGHTS",
     "DigestsAhead",
     "folder_digest",
+    "parameter_shapes",
     "read_json",
     "resolve_folder",
     "weight_files",
@@ -126,6 +127,22 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
             )
         files[folder / shard] = {name for name, place in weight_map.items() if place == shard}
     return files
+
+
+def parameter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, from the headers of the weight files. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read as safetensors ({error}); it is corrupt or cut off: copy it again"
+            ) from error
+    return shapes
 
 
 def read_json(path: Path) -> dict[str, Any]:

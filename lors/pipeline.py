@@ -23,13 +23,14 @@ from typing import Any
 from lors.config import Evaluate, Experiment, Expert
 from lors.errors import ConfigError, InputError
 from lors.files import Memo, file_digest
+from lors.groups import GROUPS, unmatched
 from lors.merging.recipe import Recipe
 from lors.merging.registry import METHODS
 from lors.merging.settings import TOUCHED_UP, TouchUp
-from lors.model_folder import folder_digest, resolve_folder
+from lors.model_folder import folder_digest, parameter_shapes, resolve_folder
 from lors.prune_settings import PruneSettings
 from lors.scaling import schedule
-from lors.settings import Section
+from lors.settings import Section, nearest
 from lors.speech.base_model import check_base
 from lors.speech.corpora.sources import describe
 from lors.speech.corpus import SPLITS
@@ -95,19 +96,33 @@ def resolve_base(name: str) -> Path:
 
 
 def build_steps(experiment: Experiment, store: Store, sources: Sources | None = None) -> dict[str, Step]:
-    """Every step by name, each after those it reads; reads the base's config and the sources' contents, no more.
+    """Every step by name, each after those it reads; reads the base's config, the names of its parameters where
+    `prune` has patterns, and the sources' contents, no more.
 
     With `sources`, the base is read from the store and the corpora not at all. Raises InputError: the base is missing
-    or not supported, it lacks a language, a corpus is missing.
+    or not supported, it lacks a language, a pattern of `prune` names no parameter of it, a corpus is missing.
     """
     kept = None if sources is None or sources.base is None else Artifact.from_json(sources.base)
     base = resolve_base(experiment.base) if kept is None else store.path(kept)
     native = check_base(base, experiment.base, experiment.heard, experiment.tasks)
+    _check_patterns(experiment, base)
     splits = {} if sources is None else sources.splits
     builder = _Builder(experiment, str(base), model_digest(base, store.memo), native, store, splits)
     builder.build()
     store.memo.save()
     return builder.steps
+
+
+def _check_patterns(experiment: Experiment, base: Path) -> None:
+    """Raises ConfigError where a pattern of `prune` names no parameter of the base."""
+    for key in ("include", "exclude", "groups"):
+        patterns = [pattern for pattern in getattr(experiment.prune, key) if pattern != "*"]
+        if patterns and (lost := unmatched(patterns, parameter_shapes(base))):
+            raise ConfigError(
+                f"prune.{key}: no parameter of the base {experiment.base} belongs to {lost[0]!r}"
+                f"{nearest(lost[0], GROUPS)}: name a group of `lors merge --list` or write a pattern such as "
+                "'*.fc1.weight'"
+            )
 
 
 # What `from_pretrained` reads beside the weights and config.json.

@@ -623,6 +623,18 @@ def test_what_is_wrong_with_a_base_is_said(make: Make, store: Store, tmp_path: P
         build_steps(make(base=str(few)), store)
 
 
+def test_patterns_of_pruning_that_name_no_parameter_are_refused(make: Make, store: Store) -> None:
+    for prune, message in (
+        ({"groups": {"encodr": {"density": 0.2}}}, r"prune\.groups: .* 'encodr', did you mean 'encoder'\?: name a "),
+        ({"include": ["*.fc1.weight", "*.fc9.weight"]}, r"prune\.include: .* base starter belongs to '\*\.fc9\.w"),
+        ({"exclude": ["conv"]}, r"prune\.exclude: .* 'conv'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_steps(make(prune=prune), store)
+    known = {"include": ["*"], "exclude": ["embeddings"], "groups": {"*.decoder.layers.0.fc1.weight": {"density": 0.2}}}
+    assert "prune es-translate" in build_steps(make(prune=known), store)
+
+
 def test_what_is_wrong_with_a_corpus_is_said(make: Make, store: Store, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the synthetic corpus does not speak 'ja', choose from ca, de"):
         build_steps(make(languages=["es", "ja"], corpora={"source": "synthetic"}), store)
