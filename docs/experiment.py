@@ -12,9 +12,9 @@ from lors.config import Experiment
 INTRODUCTION = """\
 # The experiment file
 
-One YAML file holds everything that a run depends on. Unknown keys are refused, with the nearest known one. Paths are
-relative to the folder that the command runs in. `--set key=value` changes a setting for one command, as in
-`--set prune.rank_ratio=0.2` or `--set 'merge.scaling={search: [0.2, 0.4]}'`.
+One YAML file holds everything that a run depends on. Unknown keys are refused, with the nearest known one, and so
+is a key that is given twice. Paths are relative to the folder that the command runs in. `--set key=value` changes a
+setting for one command, as in `--set prune.rank_ratio=0.2` or `--set 'merge.scaling={search: [0.2, 0.4]}'`.
 
 This page is printed by `python docs/experiment.py` from the models that `lors/config.py` puts together.
 """

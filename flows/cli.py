@@ -253,9 +253,10 @@ def _add_language(options: argparse.Namespace) -> int:
     import yaml
 
     from lors.changes import with_language
+    from lors.yaml_text import read_yaml
 
     try:
-        corpora = None if options.corpora is None else yaml.safe_load(options.corpora)
+        corpora = None if options.corpora is None else read_yaml(options.corpora)
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--corpora {options.corpora!r} is not valid YAML") from error
     if options.corpora is not None and not isinstance(corpora, dict):

@@ -27,6 +27,7 @@ from lors.speech.corpora.settings import (
     SyntheticCorpora,
 )
 from lors.training.settings import Finetune
+from lors.yaml_text import read_yaml
 
 __all__ = [
     "Evaluate",
@@ -371,7 +372,7 @@ class Experiment(Section):
 def load_experiment(path: Path, changes: Sequence[str] = ()) -> Experiment:
     """The experiment of a YAML file, with `key=value` changes (dotted keys) put in; raises ConfigError."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"the experiment file {path} does not exist: check the path") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -400,9 +401,10 @@ def put(data: dict[str, Any], change: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"--set {change!r} is not key=value, such as prune.rank_ratio=0.2")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {change!r}: the value is not valid YAML") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--set {change!r}: the value is not valid YAML: {reason}") from error
     *parents, last = key.strip().split(".")
     for parent in parents:
         if not isinstance(data.setdefault(parent, {}), dict):

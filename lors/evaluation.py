@@ -23,6 +23,7 @@ from lors.s3_store import open_store
 from lors.speech.base_model import check_base
 from lors.steps import Source, Step, Workspace, plan, run_step
 from lors.store import Artifact, Store
+from lors.yaml_text import read_yaml
 
 __all__ = ["corpora_of", "evaluate", "name_models", "request"]
 
@@ -102,7 +103,7 @@ def request(
     data: dict[str, Any] = {}
     if Path(corpus).suffix in (".yaml", ".yml"):
         try:
-            data = yaml.safe_load(Path(corpus).read_text("utf-8"))
+            data = read_yaml(Path(corpus).read_text("utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"the experiment file {corpus} cannot be read: {error}") from error
         if not isinstance(data, dict):

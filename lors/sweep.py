@@ -23,6 +23,7 @@ from lors.pipeline import Sources, build_steps
 from lors.settings import Section
 from lors.steps import VERSIONS, Step
 from lors.store import Store, step_key
+from lors.yaml_text import read_yaml
 
 __all__ = ["Variant", "build_variants", "join", "parse_grid", "seed_variants", "sweep_table", "variants"]
 
@@ -62,7 +63,7 @@ def parse_grid(given: Iterable[str]) -> dict[str, list[Any]]:
         if not equals or not key.strip() or not listed.strip():
             raise ConfigError(f"--grid {text!r} is not key=value,value, such as prune.rank_ratio=0.05,0.1")
         try:
-            values = yaml.safe_load(f"[{listed}]")
+            values = read_yaml(f"[{listed}]")
             shown = [json.dumps(value) for value in values]
         except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the 13th month
             raise ConfigError(f"--grid {text!r}: the values are not valid YAML") from error

@@ -17,6 +17,7 @@ from lors.errors import InputError
 from lors.merging import recipe as r
 from lors.merging.presets import PRESETS
 from lors.prune_settings import PruneSettings
+from lors.yaml_text import read_yaml
 
 __all__ = [
     "METHODS",
@@ -268,7 +269,7 @@ def read_recipe(path: Path, scaling: float | None = None) -> r.Recipe:
     Raises InputError.
     """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = read_yaml(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise InputError(f"the recipe {path} cannot be read ({reason}); check the file") from error

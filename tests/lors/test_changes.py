@@ -139,6 +139,11 @@ def test_the_only_language_stays(tmp_path: Path) -> None:
         without_language(experiment(tmp_path, text), "es")
 
 
+def test_a_file_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the key 'sequence' is on line 10 and again on line 12"):
+        with_language(experiment(tmp_path, TEXT + "sequence: [es, fr]\n"), "it")
+
+
 def test_there_must_be_a_model_to_compare_with(tmp_path: Path) -> None:
     file = experiment(tmp_path)
     (tmp_path / "out" / "summary.json").unlink()

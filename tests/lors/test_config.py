@@ -253,6 +253,19 @@ def test_later_changes_win_and_build_on_earlier_ones(tmp_path: Path) -> None:
     assert loaded.merge.scaling == ScalingSearch(search=(1.0,), metric="loss")
 
 
+def test_a_key_twice_in_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--set 'merge=.*': .* the key 'scaling' is on line 1"):
+        load_experiment(write(tmp_path, experiment()), ["merge={scaling: 1, scaling: 2}"])
+
+
+def test_a_yaml_merge_may_be_written_over(tmp_path: Path) -> None:
+    text = yaml.safe_dump(experiment(), sort_keys=False) + (
+        "merge:\n  searches:\n    ties: &own {search: [1], metric: loss}\n    lors: {<<: *own, metric: score}\n"
+    )
+    searches = load_experiment(write(tmp_path, text), ["merge.scaling=0.4"]).merge.searches
+    assert searches["lors"] == ScalingSearch(search=(1.0,), metric="score")
+
+
 @pytest.mark.parametrize("change", ["prune.rank_ratio", "=1", "prune.rank_ratio=[1", "prune.rank_ratio=zero", "x.y=1"])
 def test_bad_set(tmp_path: Path, change: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -268,6 +281,11 @@ def test_bad_set(tmp_path: Path, change: str) -> None:
         ("base: [starter\n", "is not valid YAML"),
         ("base: !!python/object:os.system x\n", "is not valid YAML"),
         ("base: \x00\n", "is not valid YAML"),
+        (
+            "base: starter\nfinetune: {steps: 1}\nmerge: {}\nfinetune: {learning_rate: 1}\n",
+            "is not valid YAML: the key 'finetune' is on line 2 and again on line 4; keep one of them",
+        ),
+        ("merge:\n  weights: {es: 1, 'es': 2}\n", "the key 'es' is on line 2 and again on line 2"),
     ],
 )
 def test_files_that_hold_no_experiment(tmp_path: Path, text: str, words: str) -> None:
