@@ -188,10 +188,7 @@ class Experiment(Section):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        known = {*self.languages, *(expert.id for expert in self.experts)}
-        for name in self.merge.weights:
-            if name not in known:
-                raise ValueError(f"merge.weights names {name!r}, which is no expert{nearest(name, known)}")
+        self._check_weights()
         for guard in self.evaluate.guard:
             if guard in self.languages:
                 raise ValueError(f"evaluate.guard names {guard!r}, which experts are trained for: name others")
@@ -210,6 +207,21 @@ class Experiment(Section):
         self._check_searches()
         self._check_paths()
         return self
+
+    def _check_weights(self) -> None:
+        """That each merge weight is one's that is merged."""
+        weights, known = self.merge.weights, {*self.languages, *(expert.id for expert in self.experts)}
+        used = {expert.id if expert.id in weights else expert.language for expert in self.merged}
+        for name in weights:
+            if name not in known:
+                raise ValueError(f"merge.weights names {name!r}, which is no expert{nearest(name, known)}")
+            if name in self.languages and name not in used:
+                raise ValueError(f"merge.weights: {name!r} has no effect, as its experts have their own: leave it out")
+            if name not in used:
+                raise ValueError(
+                    f"merge.weights: {name!r} has no effect, as the tasks of a language are one training "
+                    f"(finetune.tasks: together): name {name.rpartition('-')[0]!r}"
+                )
 
     def _check_touch_up(self) -> None:
         added = self.merge.added.languages

@@ -85,7 +85,8 @@ class Merge(Section):
     searches: dict[str, ScalingSearch] = {}
     """Searches of single methods, of `compare` too, in place of `scaling`; with as many points as the others have."""
     weights: dict[str, float] = {}
-    """Merge weight by expert (`es-transcribe`) or language (`es`); 1 where none is given."""
+    """Merge weight by expert (`es-transcribe`) or language (`es`), with `finetune.tasks: together` by language; 1 where
+    none is given."""
     parameters: dict[str, dict[str, Any]] = {}
     """Parameters by method, as in `{ties: {density: 0.1}}`; also of the methods of `compare`."""
     groups: dict[str, Group] = {}

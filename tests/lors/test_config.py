@@ -136,6 +136,15 @@ def test_unknown_key_goes_before_its_consequences() -> None:
         ),
         ({"merge": {"weights": {"de": 1}}}, "merge.weights names 'de', which is no expert"),
         (
+            {"merge": {"weights": {"es-translate": 2}}, "finetune": {"tasks": "together"}},
+            "merge.weights: 'es-translate' has no effect, as the tasks of a language are one training "
+            "(finetune.tasks: together): name 'es'",
+        ),
+        (
+            {"merge": {"weights": {"es": 2, "es-transcribe": 1, "es-translate": 1}}},
+            "merge.weights: 'es' has no effect, as its experts have their own: leave it out",
+        ),
+        (
             {"merge": {"touch_up": {"steps": 1}, "added": {"languages": ["de"]}}},
             "merge.added.languages names 'de', which must be among the languages once",
         ),
@@ -208,6 +217,14 @@ def test_unknown_key_goes_before_its_consequences() -> None:
 )
 def test_wrong_setting_is_named_with_its_cause(changes: dict[str, Any], message: str) -> None:
     assert refusal(**changes).startswith(message)
+
+
+def test_merge_weights_are_of_what_is_merged() -> None:
+    together = experiment(finetune={"tasks": "together"}, merge={"weights": {"es": 2, "fr-transcribe": 0.5}})
+    loaded = parse_experiment(together)
+    assert [loaded.weight(expert) for expert in loaded.merged] == [2, 0.5]
+    own = parse_experiment(experiment(merge={"weights": {"es": 2, "es-translate": 0.5}}))
+    assert [own.weight(expert) for expert in own.merged] == [2, 0.5, 1, 1]
 
 
 def test_missing_setting() -> None:
