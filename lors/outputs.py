@@ -71,9 +71,10 @@ def publish(
     """Write everything of DESIGN's output from the store; returns the content of summary.json, written last but for
     version.json.
 
-    `computed` names the steps that this run computed, in `seconds` by the clock. Files that are there already with the
-    right content are left alone; where another model is there, it is kept as an earlier version (`lors.versions`), and
-    `how` says what made the new one. Without `models`, no merged model, no compact experts and no version.
+    `computed` names the steps that this run computed, in `seconds` by the clock; of several names of one key, the first
+    is said to have run. Files that are there already with the right content are left alone; where another model is
+    there, it is kept as an earlier version (`lors.versions`), and `how` says what made the new one. Without `models`,
+    no merged model, no compact experts and no version.
     """
     output, product = experiment.output, artifacts[product_step(experiment)]
     if models:
@@ -164,6 +165,7 @@ def publish_scores(
             language, split = step.settings["language"], step.settings["split"]
             if name == split_name(language, split):
                 corpora.setdefault(language, {})[split] = artifacts[name].summary
+    ran = {artifacts[name].key: name for name in reversed([*steps]) if name in computed}
     return {
         **summary,
         "seconds": seconds,
@@ -173,7 +175,7 @@ def publish_scores(
                 "name": name,
                 "stage": step.stage,
                 "key": artifacts[name].key,
-                "state": "run" if name in computed else "cached",
+                "state": "run" if ran.get(artifacts[name].key) == name else "cached",
                 "seconds": store.manifest(artifacts[name])["seconds"],
             }
             for name, step in steps.items()
@@ -225,15 +227,19 @@ _TRAINING = ("step", "loss", "learning_rate", "validation_loss", "validation_sco
 
 
 def _training(steps: Mapping[str, Step], artifacts: Mapping[str, Artifact], store: Store) -> str:
-    """The logs of all trainings as one CSV table."""
+    """The logs of all trainings as one CSV table; one that makes several experts has the names of all."""
+    names: dict[str, list[str]] = {}
+    for name, step in steps.items():
+        if step.stage in ("fine_tune", "touch_up"):
+            names.setdefault(artifacts[name].key, []).append(name)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("model", *_TRAINING))
-    for name, step in steps.items():
-        if step.stage in ("fine_tune", "touch_up"):
-            log = (store.path(artifacts[name]) / LOG).read_text("utf-8")
-            for entry in map(json.loads, log.splitlines()):
-                table.writerow((name.removeprefix("fine-tune "), *(entry.get(column) for column in _TRAINING)))
+    for own in names.values():
+        model = " and ".join(name.removeprefix("fine-tune ") for name in own)
+        log = (store.path(artifacts[own[0]]) / LOG).read_text("utf-8")
+        for entry in map(json.loads, log.splitlines()):
+            table.writerow((model, *(entry.get(column) for column in _TRAINING)))
     return text.getvalue()
 
 

@@ -189,10 +189,11 @@ def _last(rows: pd.DataFrame, column: str, form: str) -> str:
 
 
 def cost(run: Run) -> Section | None:
-    """Seconds by stage, and what was cached."""
-    steps = pd.DataFrame(run.summary.get("steps") or [])
-    if steps.empty:
+    """Seconds by stage, and what was cached; experts of one language may be one training, which counts once."""
+    named = pd.DataFrame(run.summary.get("steps") or [])
+    if named.empty:
         return None
+    steps = named.sort_values("state", ascending=False, kind="stable").drop_duplicates("key").sort_index()  # run first
     rows = []
     for stage, own in steps.groupby("stage", sort=False):
         ran = own["state"].eq("run")
@@ -214,7 +215,7 @@ def cost(run: Run) -> Section | None:
     if cached:
         told += f" {cached} were in the store already, which saved {_time(saved)}."
     head = ["stage", "steps", "ran", "cached", "computed for", "saved by the cache"]
-    named = steps.assign(digest=steps["name"].map(run.summary.get("digests", {})))
+    named = named.assign(digest=named["name"].map(run.summary.get("digests", {})))
     return Section("cost", "Cost", f"<p>{told}</p>" + table("Time by stage", head, rows) + download("steps", named))
 
 

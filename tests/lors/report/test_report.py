@@ -147,6 +147,16 @@ def test_the_first_in_recovery_is_said_to_be_and_is_bold_only_where_it_is_ahead_
         assert "less than lors" in text
 
 
+def test_a_training_of_several_experts_costs_once(run: Path) -> None:
+    given = load_run(run)
+    prepared, trained = given.summary["steps"]
+    for again in ("run", "cached"):  # as it was said before, and now
+        given.summary.update(steps=[prepared, trained, {**trained, "name": "again", "state": again}])  # type: ignore[attr-defined]
+        page = Document(report_page([given]))
+        assert "1 of 2 steps ran, 5.0 min of computing in 93.5 s by the clock." in " ".join(page.texts)
+        assert pd.read_csv(io.StringIO(page.files["steps.csv"]))["name"].tolist()[1:] == [trained["name"], "again"]
+
+
 def test_a_section_is_there_only_with_its_data(run: Path, tmp_path: Path) -> None:
     """As `lors evaluate` leaves it, and as runs of before these keys did."""
     folder = tmp_path / "old"
