@@ -105,7 +105,7 @@ def _steps(experiment: Experiment, base: Path, store: Store) -> tuple[dict[str, 
         splits = SPLITS if language in experiment.languages else ("test",)
         wanted += [(language, split, None) for split in splits]
     if (preserve := experiment.finetune.preserve) is not None:
-        others = [language for language in preserve.speech if language not in experiment.languages]
+        others = [language for language in experiment.held if language not in experiment.languages]
         wanted += [(language, "train", preserve.utterances) for language in others]
     for language, split, first in wanted:
         try:

@@ -324,6 +324,15 @@ def test_a_train_split_without_translations_is_an_error(clean: Experiment, tmp_p
     assert check(make(tmp_path, tasks=["transcribe"])).findings == ()
 
 
+def test_speech_that_the_touch_up_alone_is_held_on_is_checked(tmp_path: Path, make: Make) -> None:
+    for language, split in (("es", "train"), ("es", "validation"), ("es", "test"), ("fr", "train")):
+        manifest(tmp_path, language, split, rows(split, 3))
+    merge = {"touch_up": {"steps": 1, "speech": ["yue"]}}
+    held = make(tmp_path, finetune={"preserve": {"speech": ["fr"]}}, merge=merge)
+    failed = [(f.language, f.split) for f in check(held).findings if f.about == "preparation"]
+    assert failed == [("yue", "train")]
+
+
 def test_rejected_rows_and_repeated_sentences(report: DataReport, say: Callable[..., str]) -> None:
     train = facts(report, "es", "train")
     assert train.rejected == {"silent audio": 1, "wrong encoding": 1}
