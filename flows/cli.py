@@ -257,7 +257,7 @@ def _add_language(options: argparse.Namespace) -> int:
 
     try:
         corpora = None if options.corpora is None else read_yaml(options.corpora)
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         raise InputError(f"--corpora {options.corpora!r} is not valid YAML") from error
     if options.corpora is not None and not isinstance(corpora, dict):
         raise InputError(

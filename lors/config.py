@@ -389,7 +389,7 @@ def load_experiment(path: Path, changes: Sequence[str] = ()) -> Experiment:
         raise ConfigError(f"the experiment file {path} does not exist: check the path") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the experiment file {path} cannot be read: {error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the 13th month
+    except yaml.YAMLError as error:  # ValueError: such as the 13th month
         # Without its cause, which would show the file's lines in a log.
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -414,7 +414,7 @@ def put(data: dict[str, Any], change: str) -> None:
         raise ConfigError(f"--set {change!r} is not key=value, such as prune.rank_ratio=0.2")
     try:
         value = read_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--set {change!r}: the value is not valid YAML: {reason}") from error
     *parents, last = key.strip().split(".")

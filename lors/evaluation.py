@@ -111,7 +111,8 @@ def request(
         data = {key: data[key] for key in _TAKEN if key in data}
         if languages:
             data["languages"] = list(languages)
-            data["evaluate"] = {**(data.get("evaluate") or {}), "guard": []}
+            if isinstance(own := data.get("evaluate") or {}, dict):
+                data["evaluate"] = {**own, "guard": []}
             data["corpora_of"] = _only(languages, data.get("corpora_of"))
             if isinstance(data.get("corpora"), dict) and "overrides" in data["corpora"]:
                 data["corpora"]["overrides"] = _only(languages, data["corpora"]["overrides"])
@@ -137,17 +138,22 @@ def request(
     return experiment
 
 
-def _only(languages: Sequence[str], settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {language: own for language, own in (settings or {}).items() if language in languages}
+# What is no mapping where there should be one stays, and is refused with its key when all is parsed.
+def _only(languages: Sequence[str], settings: Any) -> Any:
+    return {k: own for k, own in settings.items() if k in languages} if isinstance(settings, dict) else settings or {}
+
+
+def _sections(settings: Any) -> list[dict[str, Any]]:
+    return [own for own in settings.values() if isinstance(own, dict)] if isinstance(settings, dict) else []
 
 
 def _limit(data: dict[str, Any], split: str, limit: int) -> None:
-    for own in (data.get("corpora"), *(data.get("corpora_of") or {}).values()):
-        if isinstance(own, dict):
-            synthetic = own.get("source") == "synthetic"
-            put(own, f"{'utterances' if synthetic else 'limits'}.{split}={limit}")
-            for override in (own.get("overrides") or {}).values():
-                (override if synthetic else override.get("limits") or {}).pop(split, None)
+    for own in (*_sections({"corpora": data.get("corpora")}), *_sections(data.get("corpora_of"))):
+        synthetic = own.get("source") == "synthetic"
+        put(own, f"{'utterances' if synthetic else 'limits'}.{split}={limit}")
+        for override in _sections(own.get("overrides")):
+            for counts in [override] if synthetic else _sections({"limits": override.get("limits")}):
+                counts.pop(split, None)
 
 
 def evaluate(

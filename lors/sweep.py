@@ -65,7 +65,7 @@ def parse_grid(given: Iterable[str]) -> dict[str, list[Any]]:
         try:
             values = read_yaml(f"[{listed}]")
             shown = [json.dumps(value) for value in values]
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the 13th month
+        except yaml.YAMLError as error:
             raise ConfigError(f"--grid {text!r}: the values are not valid YAML") from error
         except TypeError as error:
             raise ConfigError(

@@ -26,9 +26,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """The data of a document. Raises yaml.YAMLError, also for a key that is given twice."""
+    """The data of a document. Raises yaml.YAMLError, also for a key that is given twice and a date that is none."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
+    except ValueError as error:
+        raise yaml.YAMLError(f"{error}; put a text that looks like a date or a number in quotes") from error
     finally:
         loader.dispose()

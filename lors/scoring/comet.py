@@ -82,7 +82,7 @@ def _settings(model: Path) -> dict[str, Any]:
         settings = yaml.safe_load((model / "hparams.yaml").read_text("utf-8"))
         found = {name: settings[name] for name in ("class_identifier", "encoder_model", "pretrained_model", "pool")}
         found |= {name: settings[name] for name in ("layer", "hidden_sizes", "activations", "final_activation")}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise InputError(f"{model / 'hparams.yaml'} is not the settings of a COMET model ({error!r})") from error
     found["layer_transformation"] = settings.get("layer_transformation", "softmax")
     if found["class_identifier"] != "regression_metric" or found["encoder_model"] not in _ENCODERS:

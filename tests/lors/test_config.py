@@ -283,7 +283,9 @@ def test_a_yaml_merge_may_be_written_over(tmp_path: Path) -> None:
     assert searches["lors"] == ScalingSearch(search=(1.0,), metric="score")
 
 
-@pytest.mark.parametrize("change", ["prune.rank_ratio", "=1", "prune.rank_ratio=[1", "prune.rank_ratio=zero", "x.y=1"])
+@pytest.mark.parametrize(
+    "change", ["prune.rank_ratio", "=1", "prune.rank_ratio=[1", "prune.rank_ratio=zero", "x.y=1", "output=2026-99-99"]
+)
 def test_bad_set(tmp_path: Path, change: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_experiment(write(tmp_path, experiment()), [change])
@@ -302,6 +304,7 @@ def test_bad_set(tmp_path: Path, change: str) -> None:
             "base: starter\nfinetune: {steps: 1}\nmerge: {}\nfinetune: {learning_rate: 1}\n",
             "is not valid YAML: the key 'finetune' is on line 2 and again on line 4; keep one of them",
         ),
+        ("output: 2026-13-01\n", "month must be in 1..12; put a text that looks like a date or a number in quotes"),
         ("merge:\n  weights: {es: 1, 'es': 2}\n", "the key 'es' is on line 2 and again on line 2"),
     ],
 )

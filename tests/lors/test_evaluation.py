@@ -79,6 +79,24 @@ def test_what_is_wrong_is_named(corpus: str, options: dict[str, Any], message: s
         request(MODELS, corpus, **options)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("corpora: {source: synthetic, overrides: {es: }}", "corpora.overrides.es should be a mapping"),
+        ("corpora: {source: synthetic, overrides: [es]}", "corpora.overrides should be a mapping"),
+        ("corpora: {source: folder, path: x, overrides: {es: {limits: 3}}}", "corpora.overrides.es.limits should be a"),
+        ("corpora: {source: synthetic}\ncorpora_of: [es]", "corpora_of should be a mapping"),
+        ("corpora: {source: synthetic}\nevaluate: 5", "evaluate should be a mapping"),
+        ("corpora: {source: synthetic}\nstore: 2026-13-01", "cannot be read: month must be in 1..12"),
+        ("corpora: {source: synthetic}\ncorpora: {source: folder}", "the key 'corpora' is on line 2 and again on"),
+    ],
+)
+def test_what_is_wrong_in_an_experiment_s_file_is_named(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text(f"languages: [es]\n{line}\n")
+    with pytest.raises(LorsError, match=message):
+        request(MODELS, str(tmp_path / "e.yaml"), languages=["es"], limit=2)
+
+
 def test_one_table_is_of_one_language(tmp_path: Path) -> None:
     (tmp_path / "calls.csv").write_text("")
     with pytest.raises(LorsError, match="is one table for es, fr: give one --language"):

@@ -141,6 +141,6 @@ def _front_matter(what: str, card: str) -> dict[str, Any]:
     found = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", card.replace("\r\n", "\n"), re.DOTALL)
     try:
         content = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise CorpusError(f"the README.md of {what} does not begin with valid YAML; correct it or remove it") from error
     return content if isinstance(content, dict) else {}

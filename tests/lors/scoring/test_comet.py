@@ -72,9 +72,10 @@ def test_what_is_no_such_model_is_a_sentence(tmp_path: Path) -> None:
     comet_folder(tmp_path, layer_norm=True)
     with pytest.raises(InputError, match=r"layer_norm True, which is not computed here"):
         comet_signature(tmp_path)
-    (tmp_path / "hparams.yaml").write_text("- 1\n")
-    with pytest.raises(InputError, match=r"is not the settings of a COMET model"):
-        comet_signature(tmp_path)
+    for text in ("- 1\n", "pool: 2026-13-01\n"):
+        (tmp_path / "hparams.yaml").write_text(text)
+        with pytest.raises(InputError, match=r"is not the settings of a COMET model"):
+            comet_signature(tmp_path)
     comet_folder(tmp_path)
     with pytest.raises(InputError, match=r"1 sources, 0 translations and 0 references"):
         comet_scores(tmp_path, ["a"], [], [])

@@ -129,8 +129,9 @@ def test_what_is_no_data_set_of_parquet() -> None:
         find_layout("X", ["x.py", "README.md"], "")
     with pytest.raises(CorpusError, match="X has no Parquet files; where the hub keeps"):
         find_layout("X", ["train.csv"], "")
-    with pytest.raises(CorpusError, match=r"README\.md of X does not begin with valid YAML"):
-        find_layout("X", ["a.parquet"], "---\nconfigs: [\n---\n")
+    for card in ("configs: [", "date: 2026-13-01"):
+        with pytest.raises(CorpusError, match=r"README\.md of X does not begin with valid YAML"):
+            find_layout("X", ["a.parquet"], f"---\n{card}\n---\n")
 
 
 def test_configurations_splits_and_missing_shards_are_named(tmp_path: Path) -> None:
