@@ -18,6 +18,7 @@ from lors.errors import ConfigError, InputError
 from lors.files import storage_errors, write_text
 from lors.settings import nearest
 from lors.versions import product_of
+from lors.yaml_text import read_yaml
 
 __all__ = ["CANDIDATE", "TOLERANCE", "Change", "compare_outputs", "with_language", "without_language"]
 
@@ -121,7 +122,7 @@ def _read(file: Path) -> tuple[Experiment, Any]:
 def _change(file: Path, before: Experiment, data: Any) -> Change:
     text = io.StringIO()
     _editor().dump(data, text)
-    after = parse_experiment(yaml.safe_load(text.getvalue()), f"{file} with the change")
+    after = parse_experiment(read_yaml(text.getvalue()), f"{file} with the change")
     kept = tuple(name for name in before.spoken if name in after.spoken)
     return Change(file, after, text.getvalue(), kept)
 
