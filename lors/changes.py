@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
 from lors.config import Experiment, load_experiment, parse_experiment
@@ -110,13 +109,7 @@ def _read(file: Path) -> tuple[Experiment, Any]:
         raise InputError(
             f"{before.output} has no model that a new one could be compared with: `lors run {file}` makes it"
         )
-    try:
-        return before, _editor().load(file.read_text("utf-8"))
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1
-        raise ConfigError(
-            f"{file} has the key of its line {line} twice, of which the last is read: leave one"
-        ) from None
+    return before, _editor().load(file.read_text("utf-8"))
 
 
 def _change(file: Path, before: Experiment, data: Any) -> Change:

@@ -128,11 +128,6 @@ def test_a_mistake_is_a_sentence(call: object, language: str, words: str, tmp_pa
     assert words in str(error.value)
 
 
-def test_a_key_that_is_there_twice_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has the key of its line 12 twice, of which the last is read: leave one"):
-        with_language(experiment(tmp_path, TEXT + "sequence: [es, fr]\n"), "it")
-
-
 def test_the_only_language_stays(tmp_path: Path) -> None:
     text = "base: starter\nlanguages: [es]\ncorpora: {source: synthetic}\noutput: OUT\n"
     with pytest.raises(ConfigError, match="the only language"):
