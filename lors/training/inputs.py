@@ -149,31 +149,35 @@ class Inputs:
 
     def batch(self, batch: Sequence[Draw], parts: int = 1, number: int = 0, processes: int = 1) -> Batch:
         """The share of process `number`, in at most `parts` parts, all in the window of the whole batch."""
-        window = self._window(max(self._seconds(draw) for draw in batch))
+        longest = max(self._seconds(draw) for draw in batch)
         own = share(batch, number, processes)
         pieces = [piece for k in range(parts) if (piece := share(own, k, parts))]
         tokens = sum(len(self._examples[draw.index].labels) for draw in batch)
         if pieces:
-            computed = [self._part(piece, window, 1.0) for piece in pieces]
+            computed = [self._part(piece, longest, 1.0) for piece in pieces]
         else:
-            computed = [self._part(batch[:1], window, 0.0)]
-        return Batch(computed, window, tokens, len(batch))
+            computed = [self._part(batch[:1], longest, 0.0)]
+        return Batch(computed, self._window(longest), tokens, len(batch))
 
-    def _part(self, piece: Sequence[Draw], window: float, weight: float) -> Part:
+    def _part(
+        self,
+        piece: Sequence[Draw],
+        longest: float,  # utterance of the whole batch, in seconds: other parts and processes change nothing
+        weight: float,
+    ) -> Part:
         examples = [self._examples[draw.index] for draw in piece]
         features = self._features.features([_Heard(self._utterance(draw), self._speed(draw)) for draw in piece])
         if (masks := self._augment.spec_augment) is not None:
             pairs = zip(piece, features, strict=True)
             features = [spec_augment(mel, masks, self._draw_seed(draw)) for draw, mel in pairs]
-        inputs = self._architecture.collate(self._config, features, window)
+        inputs = self._architecture.collate(self._config, features, self._window(longest))
         decoder, labels = self._read_and_written([example.labels for example in examples])
-        others = None if self._prompts is None else self._others(self._prompts, piece, features, window)
+        others = None if self._prompts is None else self._others(self._prompts, piece, features, longest)
         return Part({**inputs, "decoder_input_ids": decoder}, labels, weight, others)
 
-    def _others(self, prompts: Prompts, piece: Sequence[Draw], features: Sequence[Any], window: float) -> Others:
+    def _others(self, prompts: Prompts, piece: Sequence[Draw], features: Sequence[Any], longest: float) -> Others:
         """What stands beside each utterance: it again, or one of another language, with another prompt."""
         asked, spoken = [], dict[int, _Heard]()
-        longest = max(self._seconds(draw) for draw in piece)
         for place, draw in enumerate(piece):
             seed = self._draw_seed(draw)
             if (found := prompts.elsewhere(seed, longest)) is None:
@@ -186,7 +190,7 @@ class Inputs:
         if spoken:
             heard = dict(enumerate(features))
             heard |= zip(spoken, self._features.features(list(spoken.values())), strict=True)
-            inputs = self._architecture.collate(self._config, list(heard.values()), window)
+            inputs = self._architecture.collate(self._config, list(heard.values()), self._window(longest))
         return Others(*self._read_and_written(asked), inputs)
 
     def _read_and_written(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:  # both (B, T)

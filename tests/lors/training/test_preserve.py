@@ -119,6 +119,10 @@ def lasting(seconds: float, number: int, translation: str | None = "two") -> Utt
     return replace(known, id=f"fr/{number}", text="deux", translation=translation, seconds=seconds)
 
 
+def sounding(number: int) -> Utterance:
+    return replace(examples()[number].utterance, id=f"fr/{number}", text="deux")
+
+
 def with_speech(*utterances: Utterance) -> Prompts:
     return Prompts(tokenizer(), Whisper(), 100, [("de", "transcribe")], ("de", "es"), {"fr": utterances})
 
@@ -229,6 +233,17 @@ def test_what_is_heard_beside_is_the_same_speech_or_that_of_another_language() -
     assert batch().parts[0].others.heard is None
     pieces = part.split(5)
     assert torch.equal(torch.cat([piece.others.heard["input_features"] for piece in pieces]), heard)
+
+
+@pytest.mark.parametrize(("parts", "processes"), [(3, 1), (1, 3), (2, 2)])
+def test_what_is_heard_beside_does_not_depend_on_the_parts_and_processes(parts: int, processes: int) -> None:
+    own = [replace(example, group="de-transcribe") for example in examples()]
+    found = Inputs(own, Whisper(), tiny_model().config, "auto", prompts=with_speech(*map(sounding, range(12))))
+    draws = [Draw(index, 0) for index in range(12)]
+    (whole,) = found.batch(draws).parts
+    shares = [part for k in range(processes) for part in found.batch(draws, parts, k, processes).parts]
+    heard = [part.inputs if part.others.heard is None else part.others.heard for part in shares]
+    assert torch.equal(torch.cat([one["input_features"] for one in heard]), whole.others.heard["input_features"])
 
 
 # A training
