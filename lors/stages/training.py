@@ -162,7 +162,9 @@ def _examples(
                 )
             found += new
             if split == "validation":
-                spoken[language, task] = utterances[:limit]
+                if limit is not None:  # of those that can be scored
+                    utterances = [utterance for utterance in utterances if utterance.target(task) is not None][:limit]
+                spoken[language, task] = utterances
     return examples, spoken
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
@@ -101,6 +103,18 @@ def test_one_training_on_several_languages_and_tasks_validates_each(tmp_path: Pa
     assert {"model.safetensors", "config.json", "tokenizer.json", "train.jsonl"} <= {p.name for p in out.iterdir()}
     again, *_ = trained(tmp_path, ["es", "fr"], finetune=finetune, settings={"evaluate": EVALUATE})
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_a_limited_validation_is_of_utterances_that_have_a_translation(tmp_path: Path) -> None:
+    corpus = tmp_path / "validation-es"
+    split(corpus, "validation", 2)
+    table = pq.read_table(corpus / "validation.parquet")
+    second = pa.array([None, table["translation"][1].as_py()], pa.string())
+    place = table.schema.get_field_index("translation")
+    pq.write_table(table.set_column(place, table.schema.field(place), second), corpus / "validation.parquet")
+    settings = {"parts": [["es", "translate"]], "evaluate": EVALUATE}
+    _, done, _ = trained(tmp_path, ["es"], finetune={"validation": {"every": 2, "limit": 1}}, settings=settings)
+    assert (done["validation_examples"], done["best_step"]) == (1, 2)
 
 
 def test_an_expert_is_held_to_the_base_under_the_prompts_of_other_languages(tmp_path: Path) -> None:
