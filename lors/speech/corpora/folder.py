@@ -16,7 +16,7 @@ from pathlib import Path
 from lors.errors import CorpusError
 from lors.scoring.normalise import normalise
 from lors.settings import SPLITS
-from lors.speech.corpora.manifest import Row, columns_of, open_table, rows_digest, to_candidates
+from lors.speech.corpora.manifest import Row, columns_of, open_table, rows_digest, text_of, to_candidates
 from lors.speech.corpus import Candidate
 
 __all__ = ["FolderSplit", "open_split"]
@@ -121,14 +121,14 @@ def _drawn(
     table: Path, rows: list[Row], mapping: Mapping[str, str], split: str, shares: Mapping[str, float], language: str
 ) -> Iterator[Row]:
     """The rows that a hash of their speaker (else their sentence) puts into a split; bad ones count as training's."""
-    speakers = {str(row.get(mapping["speaker"]) or "") for row in rows if isinstance(row, dict)} - {""}
+    speakers = {text_of(row.get(mapping["speaker"])) or "" for row in rows if isinstance(row, dict)} - {""}
     named = len(speakers) > 1  # a single one would fill a single split
 
     def drawn(row: Row) -> str:
         if isinstance(row, tuple):
             return "train"
-        speaker = str(row.get(mapping["speaker"]) or "") if named else ""
-        sentence = str(row.get(mapping["text"]) or "")
+        speaker = text_of(row.get(mapping["speaker"])) if named else None
+        sentence = text_of(row.get(mapping["text"])) or ""
         group = f"speaker {speaker}" if speaker else f"sentence {normalise(sentence, language) or sentence}"
         digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
         place = int.from_bytes(digest[:8], "big") / 2**64

@@ -38,6 +38,7 @@ __all__ = [
     "open_table",
     "rows_digest",
     "rows_to_read",
+    "text_of",
     "to_candidates",
     "values",
 ]
@@ -100,7 +101,7 @@ def rows_digest(
     """sha256 (hex) over the mapped values of rows and the bytes of the audio files that they name."""
     total = hashlib.sha256()
     for row in rows:
-        values: list[Any] = list(row) if isinstance(row, tuple) else [_text(row.get(mapping[f])) for f in FIELDS[:5]]
+        values: list[Any] = list(row) if isinstance(row, tuple) else [text_of(row.get(mapping[f])) for f in FIELDS[:5]]
         audio = row.get(mapping["audio"]) if isinstance(row, dict) else None
         data = audio.get("bytes") if isinstance(audio, dict) else audio
         audio = audio.get("path") if isinstance(audio, dict) else audio
@@ -287,12 +288,12 @@ def to_candidates(
             continue
         field = {key: row.get(column) for key, column in mapping.items()}
         source, load = _audio(field["audio"], root)
-        identity = _text(field["id"])
+        identity = text_of(field["id"])
         if not identity:
             identity = Path(source).stem or f"row-{number}"
             if owners.setdefault(identity, source) != source:
                 identity = f"{identity}-{number}"
-        text, translation, speaker = (_text(field[name]) for name in ("text", "translation", "speaker"))
+        text, translation, speaker = (text_of(field[name]) for name in ("text", "translation", "speaker"))
         fault = ("missing file", "the row names no audio") if load is _nothing else None
         if isinstance(load, partial) and not _is_within(root / source, within):
             fault = ("path outside the corpus", f"it leaves {within}")
@@ -321,7 +322,8 @@ def _nothing() -> tuple[np.ndarray, int]:
     raise FileNotFoundError("the row names no audio")
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
+    """A value as text; None where there is none."""
     return value if value is None or isinstance(value, str) else str(value)
 
 

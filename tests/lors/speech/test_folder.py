@@ -193,6 +193,19 @@ def test_a_single_speaker_is_split_by_sentence(tmp_path: Path) -> None:
     assert all(list(open_split(tmp_path, split, {}, SHARES, "es").rows) for split in ("train", "validation", "test"))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_speakers_that_are_numbers_are_in_one_split_each(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, [{"file_name": f"{n}.wav", "text": f"frase {n}", "speaker": n % 40} for n in range(400)], kind)
+    found = [
+        {
+            candidate.speaker
+            for candidate in open_split(tmp_path, split, {}, dict.fromkeys(SHARES, 0.3), "es").candidates()
+        }
+        for split in ("train", "validation", "test")
+    ]
+    assert sorted(speaker for speakers in found for speaker in speakers) == sorted(map(str, range(40)))
+
+
 def test_the_digest_is_of_the_split_and_of_what_the_limit_can_read(tmp_path: Path) -> None:
     rows = [row | {"split": split} for row, split in zip(ROWS, ("train", "train", "test"), strict=True)]
     write(tmp_path, rows)
