@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -323,8 +324,10 @@ def _nothing() -> tuple[np.ndarray, int]:
 
 
 def text_of(value: Any) -> str | None:
-    """A value as text; None where there is none."""
-    return value if value is None or isinstance(value, str) else str(value)
+    """A value as text; None where there is none, which pandas and `json.dumps` write as NaN."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return value if isinstance(value, str) else str(value)
 
 
 def _digest(path: Path, memo: MutableMapping[str, str] | None) -> str:

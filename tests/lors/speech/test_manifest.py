@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -163,6 +164,17 @@ def test_bad_json_lines_are_rejected_rows(folder: Path) -> None:
     ]  # fmt: skip
     assert [row for row, _ in rejects] == list(range(2, 11))
     assert content_digest(manifest) == content_digest(manifest)
+
+
+@pytest.mark.parametrize("write", [as_jsonl, as_parquet])
+def test_a_value_that_is_no_number_is_missing(folder: Path, write: Writer) -> None:
+    path = write(folder / "list", [{"audio": "clips/uno.wav", "text": "uno"} | dict.fromkeys(MAY_MISS, math.nan)])
+    (found,) = candidates(path)
+    assert (found.id, found.text, found.translation, found.speaker) == ("uno", "uno", None, None)
+    assert content_digest(path) == content_digest(write(folder / "other", [{"audio": "clips/uno.wav", "text": "uno"}]))
+
+
+MAY_MISS = ("translation", "id", "speaker")
 
 
 def test_bad_csv_lines_are_rejected_rows(folder: Path) -> None:
