@@ -89,7 +89,8 @@ def check(experiment: Experiment, progress: Progress = _silent) -> DataReport:
     findings += failures
     for language in experiment.heard:
         own = [split for split in facts if split.language == language]
-        findings += findings_of(own, [o for o in overlaps if o.language == language], experiment.tasks)
+        shared = [overlap for overlap in overlaps if overlap.language == language]
+        findings += findings_of(own, shared, experiment.tasks, language in experiment.languages)
     languages, names = experiment.heard, (*SPLITS, "")
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), languages.index(f.language), names.index(f.split)))
     return DataReport(experiment.base, experiment.tasks, tuple(facts), tuple(overlaps), tuple(findings))

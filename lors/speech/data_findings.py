@@ -45,13 +45,18 @@ def findings_of(
     facts: Sequence[SplitFacts],  # of one language
     overlaps: Sequence[Overlap],  # of its splits
     tasks: Sequence[str],
+    trained: bool = True,  # whether the language has experts; else others are held to the base on its train split
 ) -> Iterator[Finding]:
     """What the figures of a language's splits mean where `tasks` are trained."""
+    held = ["train"] if not trained else []
     for split in facts:
         for kind in (_fit, _translations, _writing, _letters, _lengths, _sources, _audio):
+            # Such speech needs no translation, is cut to the decoder, and drawn by the length of the training's own.
+            if split.split in held and kind in (_translations, _lengths):
+                continue
             for severity, about, sentence in kind(split, tasks):
                 yield Finding(severity, about, split.language, split.split, sentence)
-    yield from _language(facts, tasks)
+    yield from _language([split for split in facts if split.split not in held], tasks)
     for pair in dict.fromkeys((overlap.split, overlap.other) for overlap in overlaps):
         yield _in_common([overlap for overlap in overlaps if (overlap.split, overlap.other) == pair])
 

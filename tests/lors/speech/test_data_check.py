@@ -333,6 +333,16 @@ def test_speech_that_the_touch_up_alone_is_held_on_is_checked(tmp_path: Path, ma
     assert failed == [("yue", "train")]
 
 
+def test_speech_to_be_held_on_needs_no_translation_and_no_window(clean: Experiment, tmp_path: Path, make: Make) -> None:
+    shutil.copytree(Path(clean.corpora.path).parents[1] / "es", tmp_path / "es")
+    long = {"text": LONG, "audio": sound(len(LONG) / RATE)}
+    manifest(tmp_path, "fr", "train", [row("train", n, translation=None, **long) for n in range(2)])
+    held = {"window": 9, "preserve": {"speech": ["fr"]}}
+    found = check(make(tmp_path, finetune=held))
+    assert {finding.about for finding in found.findings} == {"repeats"}
+    assert not found.failed
+
+
 def test_rejected_rows_and_repeated_sentences(report: DataReport, say: Callable[..., str]) -> None:
     train = facts(report, "es", "train")
     assert train.rejected == {"silent audio": 1, "wrong encoding": 1}
