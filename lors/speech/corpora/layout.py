@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from lors.errors import ConfigError, CorpusError
+from lors.files import brief
 from lors.settings import nearest
 from lors.speech.corpora.presets import CONVERTED
 
@@ -81,7 +82,13 @@ def find_layout(what: str, files: Sequence[str], card: str) -> Layout:
             "and give the folder"
         )
     promised = sorted({*there, *chain(*map(_siblings, there))})
-    found = _by_card(promised, _front_matter(what, card).get("configs")) or _by_name(promised)
+    try:
+        found = _by_card(promised, _front_matter(what, card).get("configs")) or _by_name(promised)
+    except (AttributeError, KeyError, TypeError, re.error) as error:
+        raise CorpusError(
+            f"the configs in the README.md of {what} are not laid out as the hub's ({brief(error)}); correct or remove "
+            "them"
+        ) from error
     return Layout(what, found, frozenset(there))
 
 

@@ -134,6 +134,14 @@ def test_what_is_no_data_set_of_parquet() -> None:
             find_layout("X", ["a.parquet"], f"---\n{card}\n---\n")
 
 
+@pytest.mark.parametrize(
+    "configs", ["[es]", "[{data_files: 7}]", "[{data_files: [{split: train}]}]", "[{data_files: '[b-a]'}]"]
+)
+def test_configs_of_another_form_are_named(configs: str) -> None:
+    with pytest.raises(CorpusError, match=r"the configs in the README\.md of X are not laid out as the hub's"):
+        find_layout("X", ["a.parquet"], f"---\nconfigs: {configs}\n---\n")
+
+
 def test_configurations_splits_and_missing_shards_are_named(tmp_path: Path) -> None:
     for name, split in (("es_419", "train"), ("es_419", "dev"), ("fr_fr", "train")):
         write(tmp_path / name / f"{split}-00000-of-00001.parquet", [row(1)])
