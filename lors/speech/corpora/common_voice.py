@@ -33,6 +33,12 @@ def find_locale(path: Path, language: str, locale: str | None) -> Path:
     if not path.is_dir():
         raise CorpusError(f"the Common Voice folder {path} does not exist; check the corpus' path")
     if _is_locale(path) and locale in (None, path.name):
+        said = _said_locale(path)
+        if locale is None and said and said.partition("-")[0] != language:
+            raise CorpusError(
+                f"the Common Voice folder {path} is of {said}, not of {language}; give the folder above it, or set "
+                f"corpora.locale to {path.name} if it is {language} all the same"
+            )
         return path
     places = [folder for pattern in ("*", "cv-corpus-*/*", "*/cv-corpus-*/*") for folder in sorted(path.glob(pattern))]
     there = list(dict.fromkeys(folder for folder in places if _is_locale(folder)))
@@ -54,7 +60,18 @@ def find_locale(path: Path, language: str, locale: str | None) -> Path:
 
 
 def _is_locale(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("validated.tsv", *_FILES.values()))
+    return bool(_tables(folder))
+
+
+def _tables(folder: Path) -> list[Path]:
+    return [table for name in ("validated.tsv", *_FILES.values()) if (table := folder / name).is_file()]
+
+
+def _said_locale(folder: Path) -> str:
+    """The locale that a table's first row says, empty where it says none, as in old releases."""
+    with _tables(folder)[0].open(encoding="utf-8-sig", errors="replace") as file:
+        header, first = (file.readline().rstrip("\n").split("\t") for _ in range(2))
+    return dict(zip(header, first, strict=False)).get("locale", "")
 
 
 def find_translations(pattern: str | None, language: str, locale: str) -> Path | None:

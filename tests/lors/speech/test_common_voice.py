@@ -132,6 +132,19 @@ def test_the_locale_is_found_or_asked_for(tmp_path: Path) -> None:
     assert find_locale(tmp_path / "cv-corpus-24.0" / "yue", "zh", None).name == "yue"
 
 
+def test_the_folder_of_another_language_is_refused(corpus: Path) -> None:
+    """A path that names one locale would give every language its speech."""
+    place = corpus / "cv-corpus-25.0-2026-03-09" / "sv-SE"
+    assert find_locale(place, "sv", None) == find_locale(place, "no", "sv-SE") == place
+    with pytest.raises(
+        CorpusError, match=r"sv-SE is of sv-SE, not of es; give the folder above it, or .*locale to sv-SE"
+    ):
+        find_locale(place, "es", None)
+    for table in place.glob("*.tsv"):  # of an old release
+        table.write_text(table.read_text().replace("locale", "other"))
+    assert find_locale(place, "es", None) == place
+
+
 def test_what_is_missing_ends_in_a_sentence(corpus: Path) -> None:
     locale = corpus / "cv-corpus-25.0-2026-03-09" / "sv-SE"
     with pytest.raises(ConfigError, match=r"corpora\.translations '\{x\}' may have \{language\}"):
