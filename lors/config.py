@@ -265,7 +265,7 @@ class Experiment(Section):
 
     def _check_paths(self) -> None:
         """That each (language, split) has a place of its own."""
-        owners: dict[tuple[str, str], str] = {}
+        owners: dict[tuple[object, ...], str] = {}
         for language in self.heard:
             corpora = self.speech_of(language)
             key = f"corpora_of.{language}.path" if language in self.corpora_of else "corpora.path"
@@ -282,12 +282,17 @@ class Experiment(Section):
                 raise ValueError(f"{key} {path!r} of {language} has no {{split}} in it")
             if not isinstance(corpora, ManifestCorpora) and train != test:
                 raise ValueError(f"{key} {path!r} names all splits of {language}: leave {{split}} out")
-            if not isinstance(corpora, ManifestCorpora | FolderCorpora):
+            place: tuple[object, ...] = (corpora.source, train)
+            if isinstance(corpora, DatasetsCorpora) and (corpora.preset is None or corpora.name is not None):
+                name = (corpora.name or "").replace("{language}", language)
+                place += (name, corpora.revision, corpora.columns.get("audio"), *sorted(corpora.splits.items()))
+            elif not isinstance(corpora, ManifestCorpora | FolderCorpora):
                 continue  # others find the language inside
-            if owners.setdefault((corpora.source, train), language) != language:
+            if owners.setdefault(place, language) != language:
+                where = " or in corpora.name" if isinstance(corpora, DatasetsCorpora) else ""
                 raise ValueError(
-                    f"{key} gives {language} the files of {owners[corpora.source, train]}: put {{language}} in it, or "
-                    "override it"
+                    f"{key} gives {language} the files of {owners[place]}: put {{language}} in it{where}, or override "
+                    "it"
                 )
 
     @property

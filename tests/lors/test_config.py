@@ -182,6 +182,11 @@ def test_unknown_key_goes_before_its_consequences() -> None:
         ({"corpora": {**MANIFEST, "path": "{language}.csv"}}, "corpora.path '{language}.csv' of es has no {split}"),
         ({"corpora": {**MANIFEST, "path": "{split}.csv"}}, "corpora.path gives fr the files of es"),
         ({"corpora": {"source": "folder", "path": "all"}}, "corpora.path gives fr the files of es"),
+        ({"corpora": {"source": "datasets", "path": "a/b"}}, "corpora.path gives fr the files of es"),
+        (
+            {"corpora": {"source": "datasets", "path": "a/b", "name": "es", "overrides": {"es": {"limits": {}}}}},
+            "corpora.path gives fr the files of es: put {language} in it or in corpora.name, or override it",
+        ),
         (
             {"corpora": {"source": "folder", "path": "{language}/{split}"}},
             "corpora.path '{language}/{split}' names all",
@@ -403,6 +408,22 @@ def test_overrides_of_a_data_set() -> None:
     assert isinstance(fr, DatasetsCorpora)
     assert (es.name, es.splits, es.hours) == ("es_mx", {"train": "a", "test": "b"}, Hours(train=3, test=1))
     assert (fr.name, fr.splits, fr.hours) == (None, {"train": "a"}, Hours(train=5, test=1))
+
+
+@pytest.mark.parametrize(
+    "told_apart",
+    [
+        {"name": "{language}"},
+        {"preset": "covost2"},
+        {"overrides": {"fr": {"path": "a/c"}}},
+        {"overrides": {"fr": {"revision": "fr"}}},
+        {"overrides": {"fr": {"splits": {"train": "fr"}}}},
+        {"overrides": {"fr": {"columns": {"audio": "fr"}}}},
+    ],
+)
+def test_languages_of_one_data_set_are_told_apart(told_apart: dict[str, Any]) -> None:
+    corpora = {"source": "datasets", "path": "a/b", **told_apart}
+    assert parse_experiment(experiment(corpora=corpora)).languages == ("es", "fr")
 
 
 def test_weights_by_expert_go_before_those_by_language() -> None:
