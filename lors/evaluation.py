@@ -169,9 +169,11 @@ def evaluate(
     p-values and recovery are relative to the systems called `base` and `experts`, where there are such.
 
     Raises:
-        InputError: a model, the speech or a setting is wrong.
+        InputError: a model, the speech or a setting is wrong, or the output is that of a run of the pipeline.
         CorpusError: the speech of a language has no translations, and translate is a task.
     """
+    if (experiment.output / "model").is_dir():
+        raise InputError(f"{experiment.output} holds a run's model and its results; give another folder with --out")
     store, started = open_store(experiment.store), time.monotonic()
     for folder in (experiment.output, store.root):
         require_writable(folder)

@@ -104,6 +104,15 @@ def test_a_model_that_is_none_is_a_sentence(place: Path, capsys: pytest.CaptureF
     assert "\n" not in line
 
 
+def test_the_output_of_a_run_keeps_its_results(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_output = place / "run"
+    (run_output / "model").mkdir(parents=True)
+    speech = ["--corpus", "synthetic", "--language", "es", "--limit", "1"]
+    assert run(place, "starter", *speech, "--out", str(run_output)) == 2
+    assert f"{run_output} holds a run's model and its results; give another folder" in capsys.readouterr().err
+    assert [path.name for path in run_output.iterdir()] == ["model"]
+
+
 def test_reports_are_written_anew_and_side_by_side(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, both = place / "one", place / "both"
     before = (one / "report.html").read_text("utf-8")
