@@ -162,12 +162,12 @@ def rollback(output: Path, name: str) -> dict[str, Any]:
     the current one, or what was kept of it is damaged; LorsError: a run is writing it. Then nothing is changed.
     """
     with storage_errors(output):
-        _required(output)  # before the lock makes the folder
+        _require_kept(output, name)  # before there is a lock's file
         with hold(output / ".lock", f"the output {output}", timeout=_PATIENCE):
             return _rollback(output, name)
 
 
-def _rollback(output: Path, name: str) -> dict[str, Any]:
+def _require_kept(output: Path, name: str) -> None:
     current, known = _required(output), _kept(output)
     if name not in known:
         if name == current["name"]:
@@ -175,6 +175,10 @@ def _rollback(output: Path, name: str) -> dict[str, Any]:
         raise InputError(
             f"{output} keeps no version {name!r}{nearest(name, known)}: `lors history {output}` lists those it has"
         )
+
+
+def _rollback(output: Path, name: str) -> dict[str, Any]:
+    _require_kept(output, name)
     kept = output / "versions" / name
     wanted, model = _checked(output, name), _kept_version(output, name)["model"]
     keep_current(output, model)
