@@ -12,7 +12,7 @@ import json
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from pydantic import ValidationError
 
 from lors.blocks import row_blocks
 from lors.checkpoint import Checkpoint
-from lors.errors import CheckpointError, InputError
+from lors.errors import CheckpointError, InputError, StepFailedError
 from lors.files import sync_to_disk, writing
-from lors.lease import hold
+from lors.lease import Lease, hold
 from lors.merging.combiners import Fold
 from lors.merging.engine import Block, Merger, finished
 from lors.merging.folders import Progress, card, check_patterns, open_experts, write_merged
@@ -109,11 +109,15 @@ def accumulate(
     lock = path.with_name(f".{path.name}.lock")
     with ExitStack() as held:
         with writing(path):
-            held.enter_context(hold(lock, f"the accumulator {path}", on_wait=_logger.warning))
-            held.callback(lock.unlink, missing_ok=True)
-        return _accumulate(
-            path, base, recipe, dict(add or {}), dict(remove or {}), weights, force, workers, on_progress
-        )
+            lease = held.enter_context(hold(lock, f"the accumulator {path}", on_wait=_logger.warning))
+        try:
+            return _accumulate(
+                path, base, recipe, dict(add or {}), dict(remove or {}), weights, force, workers, on_progress, lease
+            )
+        finally:
+            with suppress(StepFailedError):  # the file is another's then
+                lease.check()
+                lock.unlink(missing_ok=True)
 
 
 def _accumulate(
@@ -126,6 +130,7 @@ def _accumulate(
     force: bool,
     workers: int | None,
     on_progress: Progress | None,
+    lease: Lease,
 ) -> Accumulator:
     old = Accumulator(path) if path.exists() else None
     if old and old.recipe != recipe:
@@ -183,7 +188,7 @@ def _accumulate(
         Merger(base, leaving, steps, old_weights, workers=workers, scratch=scratch) as minus,
         Merger(base, coming, steps, each, workers=workers, scratch=scratch) as plus,
     ):
-        _write(path, [(minus, -1), (plus, 1)], old, facts, on_progress)
+        _write(path, [(minus, -1), (plus, 1)], old, facts, on_progress, lease)
     return Accumulator(path)
 
 
@@ -222,6 +227,7 @@ def _write(
     old: Accumulator | None,
     facts: Mapping[str, Any],
     on_progress: Progress | None,
+    lease: Lease,
 ) -> None:
     merger = changes[0][0]
     base, recipe = merger.base, merger.recipe
@@ -265,6 +271,7 @@ def _write(
         run_all(update, [*folds], merger.workers, merger.size)
         with writing(path):
             file.close()
+            lease.check()  # one that was suspended may have lost the accumulator to another process
             partial.replace(path)
             sync_to_disk(path.absolute().parent)
     except BaseException:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lors.checkpoint import Checkpoint
-from lors.errors import CheckpointError, InputError
+from lors.errors import CheckpointError, InputError, StepFailedError
 from lors.merging import METHODS, make_recipe
 from lors.merging.accumulator import Accumulator, accumulate, write_accumulated
 from lors.merging.folders import merge_folders
@@ -106,6 +106,22 @@ def test_two_at_a_time_both_go_in(models, tmp_path):
     merge_folders(models["base"], experts_of(models, "de", "es", "fr"), tmp_path / "all", recipe)
     assert weights_of(tmp_path / "one") == weights_of(tmp_path / "all")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_who_lost_the_lock_meanwhile_changes_nothing(models, tmp_path):
+    base, recipe, path = Checkpoint(models["base"]), make_recipe("ties"), tmp_path / "all.safetensors"
+    accumulate(path, base, recipe, add=experts_of(models, "de"))
+    before, lock = path.read_bytes(), tmp_path / ".all.safetensors.lock"
+
+    def taken_over(done: int, total: int) -> None:
+        if done == total:
+            (tmp_path / "new").write_text("{}")
+            (tmp_path / "new").rename(lock)
+
+    with pytest.raises(StepFailedError, match=r"lost the accumulator .* run the same command again"):
+        accumulate(path, base, recipe, add=experts_of(models, "es"), on_progress=taken_over)
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == [lock.name, path.name]
 
 
 def test_a_scaling_of_0_leaves_nothing_out_of_the_state(models, tmp_path):
